@@ -1,0 +1,245 @@
+// What the quantizer kernels share: magnitudes, the scale of a block, the conversion to FP8, loads
+// and stores of any alignment, and the transposition of a 128x128 tile through shared memory. The
+// arithmetic is that of docs/architecture.md ("Quantization, exactly").
+//
+// Everywhere, a thread holds vectors of 16 bytes: `Vector<In>::kSize` neighbouring elements of one
+// row, so that `Vector<In>::kLanes` lanes cover the 128 elements of a block.
+#pragma once
+#include <cstdint>
+
+#include "../ptx/convert.cuh"
+
+namespace jaxfp8::quantize {
+
+constexpr int kBlock = 128;
+constexpr uint32_t kFullWarp = 0xffffffffu;
+
+// Input formats. A magnitude is an element's bits without the sign: as integers, magnitudes order
+// like absolute values, with NaN above infinity above every number, so no maximum drops a NaN.
+
+struct Pair16 {  // two elements a word
+  using Bits = uint16_t;
+  static __device__ uint32_t max_magnitude(uint32_t magnitudes, uint32_t word) {
+    return ptx::max_u16x2(magnitudes, word & 0x7fff7fffu);
+  }
+  static __device__ uint32_t within_word(uint32_t magnitudes) {
+    return max(magnitudes & 0xffffu, magnitudes >> 16);
+  }
+};
+
+struct Bf16 : Pair16 {
+  static __device__ float element(const uint32_t* words, int i) {
+    return __uint_as_float(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
+  }
+  static __device__ uint32_t f32_bits(uint32_t magnitude) { return magnitude << 16; }
+};
+
+struct F16 : Pair16 {
+  static __device__ float element(const uint32_t* words, int i) {
+    return ptx::cvt_f32_f16(static_cast<uint16_t>(i % 2 ? words[i / 2] >> 16 : words[i / 2]));
+  }
+  static __device__ uint32_t f32_bits(uint32_t magnitude) {
+    return __float_as_uint(ptx::cvt_f32_f16(static_cast<uint16_t>(magnitude)));
+  }
+};
+
+struct F32 {
+  using Bits = uint32_t;
+  static __device__ uint32_t max_magnitude(uint32_t magnitude, uint32_t word) {
+    return max(magnitude, word & 0x7fffffffu);
+  }
+  static __device__ uint32_t within_word(uint32_t magnitude) { return magnitude; }
+  static __device__ float element(const uint32_t* words, int i) {
+    return __uint_as_float(words[i]);
+  }
+  static __device__ uint32_t f32_bits(uint32_t magnitude) { return magnitude; }
+};
+
+// Output formats.
+
+struct E4m3 {
+  static constexpr float kReciprocalOfLargest = 1.0f / 448.0f;
+  static __device__ uint32_t convert(float upper, float lower) {
+    return ptx::cvt_rn_satfinite_e4m3x2_f32(upper, lower);
+  }
+};
+
+struct E5m2 {
+  static constexpr float kReciprocalOfLargest = 1.0f / 57344.0f;
+  static __device__ uint32_t convert(float upper, float lower) {
+    return ptx::cvt_rn_satfinite_e5m2x2_f32(upper, lower);
+  }
+};
+
+// The scale of a block from the float32 bits of its largest magnitude.
+template <class Out>
+__device__ float scale_of(uint32_t amax_bits, bool pow2) {
+  constexpr uint32_t kSmallestNormal = 0x00800000u, kInfinity = 0x7f800000u, kNan = 0x7fc00000u;
+  // Positive floats order like their bits.
+  uint32_t scale =
+      max(__float_as_uint(ptx::mul_rn_f32(__uint_as_float(amax_bits), Out::kReciprocalOfLargest)),
+          kSmallestNormal);
+  if (pow2) scale = (scale + 0x007fffffu) & 0x7f800000u;
+  if (amax_bits < kSmallestNormal) scale = __float_as_uint(1.0f);  // only zeros and subnormals
+  if (amax_bits >= kInfinity) scale = kNan;
+  return __uint_as_float(scale);
+}
+
+// x / scale, rounded twice as documented. Adding +0 in the same instruction turns a subnormal or
+// negative zero x into +0 and changes no other product; a NaN inverse makes the data NaN.
+__device__ __forceinline__ float scaled(float x, float inverse) {
+  return ptx::fma_rn_ftz_f32(x, inverse, 0.0f);
+}
+
+// Four elements to four bytes, the first one lowest.
+template <class Out>
+__device__ uint32_t convert4(float x0, float x1, float x2, float x3) {
+  return Out::convert(x1, x0) | Out::convert(x3, x2) << 16;
+}
+
+template <class In>
+struct alignas(16) Vector {
+  static constexpr int kSize = 16 / sizeof(typename In::Bits);
+  static constexpr int kLanes = kBlock / kSize;
+  uint32_t words[4];
+
+  __device__ float element(int i) const { return In::element(words, i); }
+  __device__ uint32_t amax() const {
+    uint32_t m = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) m = In::max_magnitude(m, words[i]);
+    return In::within_word(m);
+  }
+};
+
+// Alignment in bytes, at most 16, of every row of an array.
+__device__ __forceinline__ int row_alignment(const void* base, int64_t pitch_bytes) {
+  uint32_t bits = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(base)) |
+                  static_cast<uint32_t>(pitch_bytes) | 16u;
+  return static_cast<int>(bits & -bits);
+}
+
+// Loads 16 bytes in pieces of W; pieces from `valid` bytes on are zeros and not read.
+template <class In, int W>
+__device__ Vector<In> load(const uint8_t* source, int valid) {
+  Vector<In> v{};
+  if constexpr (W == 16) {
+    if (valid > 0) {
+      uint4 u = __ldg(reinterpret_cast<const uint4*>(source));
+      v = {u.x, u.y, u.z, u.w};
+    }
+  } else if constexpr (W == 4) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i * 4 < valid) v.words[i] = __ldg(reinterpret_cast<const uint32_t*>(source) + i);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (i * 2 < valid) {
+        uint32_t half = __ldg(reinterpret_cast<const uint16_t*>(source) + i);
+        v.words[i / 2] |= half << (i % 2 * 16);
+      }
+    }
+  }
+  return v;
+}
+
+// Loads one vector from each of R rows, `rows` and `columns` of which exist from `source` on. All
+// loads are issued before the first use.
+template <class In, int R>
+__device__ void load_rows(Vector<In> (&v)[R], const uint8_t* source, int64_t pitch_bytes, int rows,
+                          int columns, int alignment) {
+  int valid = columns * static_cast<int>(sizeof(typename In::Bits));
+  if (alignment == 16) {
+#pragma unroll
+    for (int i = 0; i < R; ++i) {
+      v[i] = load<In, 16>(source + i * pitch_bytes, i < rows ? valid : 0);
+    }
+  } else if (alignment >= 4) {
+#pragma unroll
+    for (int i = 0; i < R; ++i) {
+      v[i] = load<In, 4>(source + i * pitch_bytes, i < rows ? valid : 0);
+    }
+  } else if constexpr (sizeof(typename In::Bits) == 2) {
+#pragma unroll
+    for (int i = 0; i < R; ++i) {
+      v[i] = load<In, 2>(source + i * pitch_bytes, i < rows ? valid : 0);
+    }
+  }
+}
+
+// Quantizes a vector and stores the bytes before `valid`.
+template <class Out, class In>
+__device__ void store_row(uint8_t* target, const Vector<In>& v, float inverse, int valid,
+                          int alignment) {
+  constexpr int kSize = Vector<In>::kSize;
+  uint32_t bytes[kSize / 4];
+#pragma unroll
+  for (int i = 0; i < kSize / 4; ++i) {
+    bytes[i] =
+        convert4<Out>(scaled(v.element(4 * i), inverse), scaled(v.element(4 * i + 1), inverse),
+                      scaled(v.element(4 * i + 2), inverse), scaled(v.element(4 * i + 3), inverse));
+  }
+  if (alignment >= kSize) {
+    if (valid <= 0) return;
+    if constexpr (kSize == 8) {
+      *reinterpret_cast<uint2*>(target) = make_uint2(bytes[0], bytes[1]);
+    } else {
+      *reinterpret_cast<uint32_t*>(target) = bytes[0];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      if (i < valid) target[i] = static_cast<uint8_t>(bytes[i / 4] >> (i % 4 * 8));
+    }
+  }
+}
+
+// Largest of R values, each across L neighbouring lanes, in L / R + R - 1 + ... shuffles: every
+// exchange halves the values that a lane still carries. Lane l returns the maximum of value
+// l % L / (L / R).
+template <int R, int L>
+__device__ uint32_t reduce_lanes(uint32_t (&value)[R]) {
+  static_assert(R <= L && L <= 32);
+  int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int count = R, distance = L / 2; distance > 0; distance /= 2) {
+    if (count > 1) {
+      count /= 2;
+      bool upper = lane & distance;
+#pragma unroll
+      for (int i = 0; i < count; ++i) {
+        uint32_t kept = upper ? value[i + count] : value[i];
+        uint32_t sent = upper ? value[i] : value[i + count];
+        value[i] = max(kept, __shfl_xor_sync(kFullWarp, sent, distance));
+      }
+    } else {
+      value[0] = max(value[0], __shfl_xor_sync(kFullWarp, value[0], distance));
+    }
+  }
+  return value[0];
+}
+
+// Row blocks of a warp's vectors: v[i] belongs to row i of the lane's group of kLanes lanes.
+template <class In, class Out, int R>
+struct RowBlocks {
+  static constexpr int kLanes = Vector<In>::kLanes;
+  static constexpr int kLanesPerRow = kLanes / R;  // after the reduction
+  float scale, inverse;                            // of row `row()`
+
+  __device__ RowBlocks(const Vector<In> (&v)[R], bool pow2) {
+    uint32_t amax[R];
+#pragma unroll
+    for (int i = 0; i < R; ++i) amax[i] = v[i].amax();
+    scale = scale_of<Out>(In::f32_bits(reduce_lanes<R, kLanes>(amax)), pow2);
+    inverse = ptx::rcp_rn_f32(scale);
+  }
+  static __device__ int row() { return threadIdx.x % kLanes / kLanesPerRow; }
+  static __device__ bool stores_scale() { return threadIdx.x % kLanesPerRow == 0; }
+  __device__ float inverse_of(int i) const {
+    return __shfl_sync(kFullWarp, inverse, i * kLanesPerRow, kLanes);
+  }
+};
+
+}  // namespace jaxfp8::quantize

@@ -1,0 +1,131 @@
+"""How operations compose with JAX: opaque to vmap and grad, transparent to everything else.
+
+An `Operation` is one primitive that carries its own traced jaxpr as a parameter. JAX looks into jaxpr-valued
+parameters, so it sees what the body needs (custom_partitioning wants the devices while lowering, names want remat
+policies) without any registration in private tables.
+
+- Batching adds the name of a dimension and binds again: no reshape, no loop.
+- The JVP rule calls a custom_vjp function. Under `grad(vmap(f))` vmap is the inner transform, so the primitive is
+  batched first and differentiated second: the weight gradient is one product over all tokens. Under `vmap(grad(f))`
+  the kernels are batched: it then has a real batch dimension, as per-example gradients need.
+
+Only public JAX modules.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.interpreters import ad, batching, mlir
+
+from ._types import match_varying
+
+
+class Call(NamedTuple):
+    """The static part of an operation: names of the dimensions of operands and results, and attributes.
+
+    `"k"` names a dimension, `"k/"` counts its 128-blocks. vmap adds the names `"v0"`, `"v1"`, ...
+    """
+
+    ins: tuple[tuple[str, ...], ...]
+    outs: tuple[tuple[str, ...], ...]
+    attributes: tuple[tuple[str, object], ...] = ()
+    wanted: tuple = ()  # explicit meshes: (name, mesh axes) that the result should have
+
+    @property
+    def names(self) -> list[str]:
+        return list(dict.fromkeys(d.rstrip("/") for dims in self.ins + self.outs for d in dims))
+
+    @property
+    def blocked(self) -> set[str]:
+        """Names of which a shard must own whole 128-blocks."""
+        return {d[:-1] for dims in self.ins + self.outs for d in dims if d.endswith("/")}
+
+    @property
+    def contracted(self) -> list[str]:
+        kept = {d.rstrip("/") for dims in self.outs for d in dims}
+        return [d for d in self.names if d not in kept]
+
+    def get(self, attribute: str):
+        return dict(self.attributes)[attribute]
+
+    def with_attribute(self, name: str, value) -> Call:
+        return self._replace(attributes=tuple({**dict(self.attributes), name: value}.items()))
+
+    def sizes(self, arrays) -> dict[str, int]:
+        return {
+            d: n
+            for dims, x in zip(self.ins, arrays, strict=True)
+            for d, n in zip(dims, x.shape, strict=True)
+            if not d.endswith("/")
+        }
+
+    def batched(self, mapped) -> Call:
+        """This call with a new leading dimension on the mapped operands and on every result."""
+        new = (f"v{sum(n[0] == 'v' for n in self.names)}",)
+        ins = tuple(new + dims if m else dims for dims, m in zip(self.ins, mapped, strict=True))
+        return self._replace(ins=ins, outs=tuple(new + dims for dims in self.outs))
+
+
+class Operation:
+    """`body(*arrays, call=...) -> list of arrays`, as one primitive.
+
+    **Arguments:**
+
+    - `name`: the primitive's.
+    - `body`: traced once per call and types; its jaxpr becomes a parameter.
+    - `together`: groups of operand positions that are mapped together (data and its scales).
+    - `derivative`: `(call, *arrays) -> list of arrays`, which is differentiated instead of the body.
+    """
+
+    def __init__(self, name, body, *, together=(), derivative=None):
+        self.body = jax.jit(body, static_argnames="call")
+        self.together = together
+        self.derivative = derivative
+        self.primitive = Primitive(name)
+        self.primitive.multiple_results = True
+        self.primitive.def_impl(lambda *arrays, call, jaxpr: self.body(*arrays, call=call))
+        self.primitive.def_abstract_eval(lambda *_, call, jaxpr: jaxpr.out_avals)
+        mlir.register_lowering(self.primitive, self._lower)
+        batching.primitive_batchers[self.primitive] = self._batch
+        if derivative is not None:
+            ad.primitive_jvps[self.primitive] = self._jvp
+
+    def __call__(self, *arrays, call: Call):
+        # In shard_map a weight that does not vary becomes one that does; transposing that cast sums its gradient.
+        arrays = match_varying(arrays)
+        jaxpr = self.body.trace(*arrays, call=call).jaxpr  # kept by jit: equal calls share one
+        return self.primitive.bind(*arrays, call=call, jaxpr=jaxpr)
+
+    def _lower(self, ctx, *operands, call, jaxpr):
+        return mlir.lower_fun(jaxpr_as_fun(jaxpr), multiple_results=True)(ctx, *operands)
+
+    def _batch(self, arrays, axes, *, call, jaxpr):
+        size = next(x.shape[a] for x, a in zip(arrays, axes, strict=True) if a is not None)
+        mapped = [a is not None for a in axes]
+        arrays = [
+            x if a is None else jnp.moveaxis(x, a, 0) for x, a in zip(arrays, axes, strict=True)
+        ]
+        for group in self.together:
+            if any(mapped[i] for i in group):
+                for i in group:
+                    if not mapped[i]:
+                        arrays[i] = jnp.broadcast_to(arrays[i], (size, *arrays[i].shape))
+                        mapped[i] = True
+        outs = self(*arrays, call=call.batched(mapped))
+        return outs, [0] * len(outs)
+
+    def _jvp(self, primals, tangents, *, call, jaxpr):
+        # Integer operands have no tangent; differentiate only what moves.
+        moving = [i for i, t in enumerate(tangents) if type(t) is not ad.Zero]
+
+        def f(*xs):
+            arrays = list(primals)
+            for i, x in zip(moving, xs, strict=True):
+                arrays[i] = x
+            return self.derivative(call, *arrays)
+
+        return jax.jvp(f, [primals[i] for i in moving], [tangents[i] for i in moving])

@@ -1,0 +1,156 @@
+"""The differentiable product that linear, dot_general and einsum are spellings of.
+
+    y  = quantize(x) . quantize(w)        x 1x128 along k, w 128x128
+    dx = quantize(dy) . quantize(w)^T     dy 1x128 along n, the same weight blocks
+    dw = columns(x) . columns(dy)         both 1x128 along the tokens, quantized from the high-precision arrays
+
+DESIGN: straight-through gradients of DeepSeek-V3's recipe (arXiv 2412.19437, section 3.3).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .. import _checks as checks
+from .._operation import Call, Operation
+from .._recipe import Recipe
+from .._types import explicit_axes, full_spec, like_primal
+from ..kernels import quantize as qt
+from ..kernels.gemm import product
+from ._residuals import load, save
+
+
+def _forward(x, weight, call: Call):
+    recipe: Recipe = call.get("recipe")
+    return [
+        product(
+            x,
+            weight,
+            call.outs[0],
+            call.get("out_dtype"),
+            num_sms=recipe.num_sms,
+            wanted=call.wanted,
+        )
+    ]
+
+
+def _dot_body(x, w, *, call: Call):
+    x_dims, w_dims = call.ins
+    fmt = qt.forward_format(call.get("recipe"))
+    # Only one orientation is used here; XLA removes what is not, and a kernel writes both from one read.
+    weight, _ = qt.weight(w, w_dims, fmt)
+    return _forward(qt.rows(x, x_dims, fmt), weight, call)
+
+
+def _tokens(call: Call):
+    """The dimensions that a weight gradient sums over: those of x that the weight does not have."""
+    x_dims, w_dims = call.ins
+    return tuple(d for d in x_dims[:-1] if d not in w_dims)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _dot(call: Call, types, x, w):
+    return _dot_body(x, w, call=call)
+
+
+def _dot_fwd(call: Call, types, x, w):
+    x_dims, w_dims = call.ins
+    fmt = qt.forward_format(call.get("recipe"))
+    nt, nn = qt.weight(w, w_dims, fmt)
+    rows, columns = qt.rows_and_columns(x, x_dims, _tokens(call), fmt)
+    residuals = save(nn), save(columns)
+    return _forward(rows, nt, call), residuals
+
+
+def _dot_bwd(call: Call, types, residuals, cotangents):
+    (x_dims, w_dims), (out,) = call.ins, call.outs
+    recipe: Recipe = call.get("recipe")
+    forward, gradient = qt.forward_format(recipe), qt.gradient_format(recipe)
+    (x_type, w_type), (dy,) = types, cotangents
+    k, n = w_dims[-2:]
+    nn = load(residuals[0], forward.dtype, w_dims, w_dims[:-2] + (k + "/", n + "/"), qt.SQUARE)
+    dy_rows, dy_columns = qt.rows_and_columns(dy, out, _tokens(call), gradient)
+
+    # A weight-only batch dimension is summed here; every other sum is a contraction of the kernel.
+    dx_dims = out[:-1] + (k,)
+    wanted = explicit_axes(x_type, x_dims)
+    dx = product(dy_rows, nn, dx_dims, x_type.dtype, num_sms=recipe.num_sms, wanted=wanted)
+    dx = sum_to(dx, dx_dims, x_dims)
+
+    tokens = dy_columns.dims[dy_columns.dims.index(n) + 1 :]
+    dims = tuple(d for d in x_dims[:-1] if d in w_dims) + (k,) + tokens
+    columns = load(residuals[1], forward.dtype, dims, dims[:-1] + (dims[-1] + "/",), qt.ROW)
+    wanted = explicit_axes(w_type, w_dims)
+    dw = product(columns, dy_columns, w_dims, w_type.dtype, num_sms=recipe.num_sms, wanted=wanted)
+    return like_primal(dx, x_type), like_primal(dw, w_type)
+
+
+_dot.defvjp(_dot_fwd, _dot_bwd)
+
+
+def sum_to(y, dims, wanted):
+    """y summed over the dimensions that are not wanted, transposed to those that are."""
+    if extra := tuple(i for i, d in enumerate(dims) if d not in wanted):
+        y = jnp.sum(y, extra)
+    dims = tuple(d for d in dims if d in wanted)
+    order = [dims.index(d) for d in wanted]
+    return y if order == list(range(y.ndim)) else jnp.transpose(y, order)
+
+
+dot_operation = Operation(
+    "jaxfp8_dot",
+    _dot_body,
+    derivative=lambda call, x, w: _dot(call, (jax.typeof(x), jax.typeof(w)), x, w),
+)
+
+
+def dot(x, w, x_dims, w_dims, out, *, recipe: Recipe, out_dtype, out_spec=None):
+    """x (..., k) . w (..., k, n) -> out, of named dimensions; n is the last of out."""
+    wanted = () if out_spec is None else tuple(zip(out, out_spec, strict=True))
+    attributes = (("out_dtype", out_dtype), ("recipe", recipe))
+    return dot_operation(x, w, call=Call((x_dims, w_dims), (out,), attributes, wanted))[0]
+
+
+def result_dtype(function: str, x, w, preferred_element_type: Any):
+    """The dtype of a product: what is preferred, else what x and w promote to."""
+    if preferred_element_type is None:
+        return jnp.result_type(x, w)
+    return checks.output_dtype(
+        function, "preferred_element_type", preferred_element_type, checks.INPUT_DTYPES
+    )
+
+
+def check_precision(function: str, precision: Any) -> None:
+    """FP8 products have one precision: what asks for more is refused, not ignored."""
+    both = precision if isinstance(precision, (tuple, list)) else (precision,)
+    for p in both:
+        try:
+            known = p is None or lax.Precision(p) == lax.Precision.DEFAULT
+        except ValueError:
+            known = False
+        if not known:
+            raise ValueError(
+                f"{function}: precision is {precision!r}; allowed: None or DEFAULT, since an FP8 product has "
+                "no higher one (use jax.lax for this product)"
+            )
+
+
+def out_spec(function: str, out_sharding: Any, rank: int):
+    """The mesh axes of each dimension that `out_sharding`, a PartitionSpec or NamedSharding, asks for."""
+    if out_sharding is None:
+        return None
+    spec = getattr(out_sharding, "spec", out_sharding)
+    if not isinstance(spec, jax.sharding.PartitionSpec):
+        raise TypeError(
+            f"{function}: out_sharding is {out_sharding!r}; allowed: a PartitionSpec, a NamedSharding or None"
+        )
+    if len(spec) > rank:
+        raise ValueError(
+            f"{function}: out_sharding {spec} names {len(spec)} dimensions; the result has {rank}"
+        )
+    return full_spec(spec, rank)

@@ -1,0 +1,54 @@
+"""What a differentiable operation keeps for its backward pass."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from .._quantized_array import QuantizedArray
+from ..kernels.quantize import Named
+
+RESIDUAL_NAME = "jaxfp8_residual"
+
+
+def save(q: Named):
+    """A residual: named for remat policies, its data as uint8.
+
+    Remat puts reduce_precision(4, 3) on float residuals, for which 448 is infinite; integers it leaves alone.
+    """
+    bits = lax.bitcast_convert_type(q.array.data, jnp.uint8)
+    return checkpoint_name(bits, RESIDUAL_NAME), checkpoint_name(q.array.scale, RESIDUAL_NAME)
+
+
+def load(saved, dtype, dims, scale_dims, block) -> Named:
+    bits, scale = saved
+    data = lax.bitcast_convert_type(bits, dtype)
+    return Named(QuantizedArray(data, scale, block), dims, scale_dims)
+
+
+def save_fp8_residuals():
+    """A remat policy that keeps the FP8 copies of the differentiable operations and recomputes all else.
+
+    Costs one byte for an element of each input and weight (and scales), and saves the backward pass from quantizing
+    them again. Products are not kept. For `jax.checkpoint(f, policy=...)`.
+    """
+    return jax.checkpoint_policies.save_only_these_names(RESIDUAL_NAME)
+
+
+def save_dots_and_fp8_residuals():
+    """As `save_fp8_residuals`, and keeps the results of XLA's own dots (`jax.checkpoint_policies.dots_saveable`)."""
+    return jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_saveable, save_fp8_residuals()
+    )
+
+
+def offload_fp8_residuals(src: str = "device", dst: str = "pinned_host"):
+    """As `save_fp8_residuals`, with the copies held in host memory between the passes."""
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[RESIDUAL_NAME],
+        offload_src=src,
+        offload_dst=dst,
+    )

@@ -1,0 +1,156 @@
+"""ragged_dot with the signature of jax.lax.ragged_dot: a matrix per group of rows."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+
+from .. import _checks as checks
+from .._operation import Call, Operation
+from .._recipe import Recipe, current_recipe
+from .._types import like_primal
+from ..kernels import quantize as qt
+from ..kernels.grouped_gemm import grouped_kernel, grouped_product, grouped_wgrad_kernel
+from ._dot import check_precision, out_spec, result_dtype, sum_to
+from ._residuals import load, save
+
+
+def _forward(rows, weight, sizes, call: Call):
+    recipe: Recipe = call.get("recipe")
+    return [
+        grouped_product(
+            grouped_kernel,
+            rows,
+            weight,
+            sizes,
+            call.ins[2],
+            call.outs[0],
+            call.get("out_dtype"),
+            num_sms=recipe.num_sms,
+        )
+    ]
+
+
+def _ragged_body(x, w, sizes, *, call: Call):
+    x_dims, w_dims, _ = call.ins
+    fmt = qt.forward_format(call.get("recipe"))
+    weight, _ = qt.weight(w, w_dims, fmt)
+    return _forward(qt.rows(x, x_dims, fmt), weight, sizes, call)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _ragged(call: Call, types, x, w, sizes):
+    return _ragged_body(x, w, sizes, call=call)
+
+
+def _ragged_fwd(call: Call, types, x, w, sizes):
+    x_dims, w_dims, sizes_dims = call.ins
+    fmt = qt.forward_format(call.get("recipe"))
+    nt, nn = qt.weight(w, w_dims, fmt)
+    rows, columns = qt.ragged_rows_and_columns(x, x_dims, sizes, sizes_dims, fmt)
+    residuals = save(nn), save(columns), sizes
+    return _forward(rows, nt, sizes, call), residuals
+
+
+def _ragged_bwd(call: Call, types, residuals, cotangents):
+    (x_dims, w_dims, sizes_dims), (out,) = call.ins, call.outs
+    recipe: Recipe = call.get("recipe")
+    forward, gradient = qt.forward_format(recipe), qt.gradient_format(recipe)
+    (x_type, w_type), (dy,) = types, cotangents
+    saved_nn, saved_columns, sizes = residuals
+    k, n = w_dims[-2:]
+    nn = load(saved_nn, forward.dtype, w_dims, w_dims[:-2] + (k + "/", n + "/"), qt.SQUARE)
+    dy_rows, dy_columns = qt.ragged_rows_and_columns(dy, out, sizes, sizes_dims, gradient)
+
+    dx_dims = out[:-1] + (k,)
+    dx = grouped_product(
+        grouped_kernel,
+        dy_rows,
+        nn,
+        sizes,
+        sizes_dims,
+        dx_dims,
+        x_type.dtype,
+        num_sms=recipe.num_sms,
+    )
+
+    dims = tuple(dict.fromkeys(sizes_dims[:-1] + x_dims[:-2])) + (k, "t")
+    columns = load(saved_columns, forward.dtype, dims, dims[:-1] + ("t/",), qt.ROW)
+    dw_dims = tuple(d for d in out if d[0] == "v") + ("g", k, n)
+    dw = grouped_product(
+        grouped_wgrad_kernel,
+        columns,
+        dy_columns,
+        sizes,
+        sizes_dims,
+        dw_dims,
+        w_type.dtype,
+        num_sms=recipe.num_sms,
+    )
+    return (
+        like_primal(sum_to(dx, dx_dims, x_dims), x_type),
+        like_primal(sum_to(dw, dw_dims, w_dims), w_type),
+        None,
+    )
+
+
+_ragged.defvjp(_ragged_fwd, _ragged_bwd)
+
+ragged_operation = Operation(
+    "jaxfp8_ragged_dot",
+    _ragged_body,
+    derivative=lambda call, x, w, sizes: _ragged(
+        call, (jax.typeof(x), jax.typeof(w)), x, w, sizes
+    ),
+)
+
+
+def ragged_dot(
+    lhs: Any,
+    rhs: Any,
+    group_sizes: Any,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    group_offset: Any = None,
+    out_sharding: Any = None,
+    *,
+    recipe: Recipe | None = None,
+) -> jax.Array:
+    """`jax.lax.ragged_dot` with FP8 products, forward and backward: the experts of a mixture.
+
+    Groups of any size follow one another from row 0 on; no padding, no host synchronization, no capacity.
+
+    **Arguments:**
+
+    - `lhs`: tokens sorted by group: float32, bfloat16 or float16 `(M, K)`.
+    - `rhs`: a weight per group `(G, K, N)`, likewise.
+    - `group_sizes`: int32 `(G,)`, rows of each group. Negative counts as zero; groups are clipped to M.
+    - `precision`: None or DEFAULT.
+    - `preferred_element_type`: dtype of the result; None is what lhs and rhs promote to.
+    - `group_offset`: must be None, as in `jax.lax.ragged_dot`.
+    - `out_sharding`: a PartitionSpec or NamedSharding of the result, on meshes with explicit axes.
+    - `recipe`: a `jaxfp8.Recipe`; None is the one in force.
+
+    **Returns:** `(M, N)`. Rows past the last group are zero and contribute nothing to gradients; empty groups have
+    zero weight gradients.
+
+    **Raises:** TypeError or ValueError for operands that do not fit, NotImplementedError for a group_offset.
+    """
+    function = "ragged_dot"
+    recipe = current_recipe(function, recipe)
+    lhs = checks.array(function, "lhs", lhs, "(M, K)")
+    rhs = checks.array(function, "rhs", rhs, "(G, K, N)")
+    checks.same(function, "K", "lhs", lhs.shape[1], "rhs", rhs.shape[1])
+    sizes = checks.group_sizes(function, "group_sizes", group_sizes, rhs.shape[0])
+    check_precision(function, precision)
+    if group_offset is not None:
+        raise NotImplementedError(f"{function}: group_offset is {group_offset!r}; allowed: None")
+    out_dtype = result_dtype(function, lhs, rhs, preferred_element_type)
+    spec = out_spec(function, out_sharding, 2)
+    attributes = (("out_dtype", out_dtype), ("recipe", recipe))
+    call = Call((("m", "k"), ("g", "k", "n"), ("g",)), (("m", "n"),), attributes)
+    with jax.named_scope("jaxfp8.ragged_dot"):
+        (y,) = ragged_operation(lhs, rhs, sizes, call=call)
+        return y if spec is None else jax.sharding.reshard(y, out_sharding)

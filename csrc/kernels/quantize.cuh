@@ -242,4 +242,100 @@ struct RowBlocks {
   }
 };
 
+// A 128x128 tile of elements in the registers of 256 threads: a thread holds a vector from each of
+// kRows neighbouring rows, a warp 16 whole rows.
+template <class In>
+struct Tile {
+  static constexpr int kThreads = 256;
+  static constexpr int kWarps = kThreads / 32;
+  static constexpr int kSize = Vector<In>::kSize;
+  static constexpr int kRows = kBlock * kBlock / kThreads / kSize;
+  static_assert(kWarps * 16 == kBlock && 32 / Vector<In>::kLanes * kRows == 16);
+
+  static __device__ int row() {
+    return threadIdx.x / 32 * 16 + threadIdx.x % 32 / Vector<In>::kLanes * kRows;
+  }
+  static __device__ int column() { return threadIdx.x % Vector<In>::kLanes * kSize; }
+};
+
+// The tile's bytes, transposed: 128 bytes, the tokens, for each of 128 columns. Chunks of 16 bytes
+// are swizzled by the column's vector, so that a warp writing one chunk of many columns, and a
+// warp reading all chunks of four, touch every bank. The caller separates put and store by a
+// barrier.
+template <class In>
+struct TransposedTile {
+  alignas(16) uint8_t bytes[kBlock * kBlock];
+
+  __device__ uint8_t* at(int column, int row) {
+    int chunk = row / 16 ^ column / Vector<In>::kSize % 8;
+    return bytes + column * kBlock + chunk * 16 + row % 16;
+  }
+
+  // Quantizes the thread's part of its j-th column. Bytes whose bit in `kept` is zero become zero.
+  template <class Out>
+  __device__ void put(const Vector<In> (&v)[Tile<In>::kRows], int j, float inverse,
+                      const uint32_t (&kept)[Tile<In>::kRows / 4]) {
+    uint32_t words[Tile<In>::kRows / 4];
+#pragma unroll
+    for (int i = 0; i < Tile<In>::kRows / 4; ++i) {
+      words[i] = kept[i] & convert4<Out>(scaled(v[4 * i].element(j), inverse),
+                                         scaled(v[4 * i + 1].element(j), inverse),
+                                         scaled(v[4 * i + 2].element(j), inverse),
+                                         scaled(v[4 * i + 3].element(j), inverse));
+    }
+    uint8_t* target = at(Tile<In>::column() + j, Tile<In>::row());
+    if constexpr (Tile<In>::kRows == 8) {
+      *reinterpret_cast<uint2*>(target) = make_uint2(words[0], words[1]);
+    } else {
+      *reinterpret_cast<uint4*>(target) = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+  }
+
+  // Stores `rows` bytes of each of `columns` columns; whole 16-byte chunks where every row of the
+  // target is aligned so.
+  __device__ void store(uint8_t* target, int64_t pitch, int columns, int rows, int alignment) {
+    if (alignment == 16) {
+      store_pieces<uint4>(target, pitch, columns, rows);
+    } else if (alignment >= 4) {
+      store_pieces<uint32_t>(target, pitch, columns, rows);
+    } else {
+      store_pieces<uint8_t>(target, pitch, columns, rows);
+    }
+  }
+
+ private:
+  template <class Piece>
+  __device__ void store_pieces(uint8_t* target, int64_t pitch, int columns, int rows) {
+    constexpr int kPieces = kBlock / sizeof(Piece);
+    constexpr int kColumnsAtOnce = Tile<In>::kThreads / kPieces;
+    int row = threadIdx.x % kPieces * sizeof(Piece);
+    if (row >= rows) return;
+#pragma unroll 4
+    for (int c = threadIdx.x / kPieces; c < kBlock; c += kColumnsAtOnce) {
+      if (c < columns) {
+        *reinterpret_cast<Piece*>(target + c * pitch + row) =
+            *reinterpret_cast<const Piece*>(at(c, row));
+      }
+    }
+  }
+};
+
+// Block (row, column) of matrix `group`: columns fastest over the grid.
+struct TileIndex {
+  int64_t group, row, column;
+
+  __device__ TileIndex(int64_t rows, int64_t columns) {
+    uint32_t row_blocks = static_cast<uint32_t>((rows + kBlock - 1) / kBlock);
+    uint32_t column_blocks = static_cast<uint32_t>((columns + kBlock - 1) / kBlock);
+    uint32_t r = blockIdx.x / column_blocks;
+    column = blockIdx.x % column_blocks;
+    row = r % row_blocks;
+    group = r / row_blocks;
+  }
+};
+
+__device__ __forceinline__ int at_most_block(int64_t n) {
+  return static_cast<int>(n < kBlock ? n : kBlock);
+}
+
 }  // namespace jaxfp8::quantize

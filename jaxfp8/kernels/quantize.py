@@ -140,7 +140,8 @@ def _reference_ragged_columns(x, sizes, *, dtype, pow2):
     inside = row < ends[group]
     x = jnp.pad(x, [(0, 1), (0, 0)])  # the row that stands for none
     spread = x[jnp.where(inside, row, tokens)]
-    return list(quantize_blocks(spread.T, ROW, dtype, pow2))
+    data, scale = quantize_blocks(spread.T, ROW, dtype, pow2)
+    return [jnp.where(inside, data, jnp.zeros((), dtype)), scale]  # a gap is zero also beside a NaN
 
 
 def _reference_ragged_both(x, sizes, *, dtype, pow2):

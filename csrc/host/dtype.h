@@ -4,7 +4,7 @@
 
 namespace jaxfp8 {
 
-enum class DType { kF8E4M3FN, kF8E5M2, kBFloat16, kFloat16, kFloat32 };
+enum class DType { kF8E4M3FN, kF8E5M2, kBFloat16, kFloat16, kFloat32, kInt32 };
 
 constexpr int64_t size_in_bytes(DType type) {
   switch (type) {
@@ -15,6 +15,7 @@ constexpr int64_t size_in_bytes(DType type) {
     case DType::kFloat16:
       return 2;
     case DType::kFloat32:
+    case DType::kInt32:
       return 4;
   }
   return 0;
@@ -32,6 +33,8 @@ constexpr const char* name(DType type) {
       return "f16";
     case DType::kFloat32:
       return "f32";
+    case DType::kInt32:
+      return "s32";
   }
   return "?";
 }

@@ -1,0 +1,84 @@
+// The custom calls of docs/architecture.md as a table, and the one check of a call against it.
+#pragma once
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "host/dtype.h"
+#include "host/gemm.h"
+#include "host/plan.h"
+#include "host/quantize.h"
+
+namespace jaxfp8 {
+
+// A call that breaks the contract. The message names the argument, what it was and what is allowed.
+struct CallError : std::invalid_argument {
+  using std::invalid_argument::invalid_argument;
+};
+
+// One array of a call, as it came.
+struct Array {
+  void* data = nullptr;
+  std::optional<DType> dtype;      // empty: none that a kernel knows
+  const char* dtype_name = "";     // as XLA writes it
+  const int64_t* dims = nullptr;
+  size_t rank = 0;
+};
+
+// A symbol of a shape. The first that a call mentions binds it; the derived ones follow from it.
+enum class Dim : uint8_t {
+  kG,
+  kM,
+  kN,
+  kK,
+  kT,       // a group-padded token axis: whole blocks of 128
+  kOneOrG,  // 1: shared by all groups
+  kMBlocks,
+  kNBlocks,
+  kKBlocks,
+  kTBlocks,
+  kPaddedM,  // T of a ragged quantization: ceil(M/128)*128 + 128*G
+};
+
+enum class Types : uint8_t { kFp8, kFloat, kFloat32, kInt32, kOutput };
+
+struct ArraySpec {
+  const char* name;
+  Types types;
+  std::vector<Dim> dims;
+};
+
+enum class Family : uint8_t { kQuantize, kGemm };
+
+struct Target {
+  std::string name;
+  Family family;
+  QuantizeProblem::Kind quantize{};
+  GemmProblem::Kind gemm{};
+  std::vector<ArraySpec> operands, results;
+  bool accum = false;  // the last operand is aliased to the result
+};
+
+// In the order of docs/architecture.md, each product followed by its accumulating twin.
+constexpr size_t kNumTargets = 17;
+const std::vector<Target>& targets();
+const Target& find_target(const std::string& name);  // throws CallError
+
+constexpr size_t kMaxArrays = 8;  // operands and results of one call
+
+struct Call {
+  const Target* target = nullptr;
+  std::vector<Array> operands, results;
+  bool pow2 = false;
+  int32_t config = -1;
+  int32_t num_sms = 0;
+};
+
+// Checks every shape, dtype, address and attribute, and plans the launch. Throws CallError, or
+// PlanError where a kernel family cannot serve what the contract allows.
+LaunchPlan plan_call(const Call& call, int device_sms);
+
+}  // namespace jaxfp8

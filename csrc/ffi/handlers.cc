@@ -1,0 +1,159 @@
+#include "ffi/handlers.h"
+
+#include <exception>
+#include <memory>
+#include <string>
+
+#include "driver/driver.h"
+#include "ffi/contract.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jaxfp8 {
+namespace {
+
+namespace ffi = xla::ffi;
+
+Array decode(const ffi::AnyBuffer& buffer) {
+  Array array;
+  array.data = buffer.untyped_data();
+  array.dims = buffer.dimensions().begin();
+  array.rank = buffer.dimensions().size();
+  const auto known = [&](DType dtype) {
+    array.dtype = dtype;
+    array.dtype_name = name(dtype);
+  };
+  switch (buffer.element_type()) {
+    case ffi::F8E4M3FN:
+      known(DType::kF8E4M3FN);
+      break;
+    case ffi::F8E5M2:
+      known(DType::kF8E5M2);
+      break;
+    case ffi::BF16:
+      known(DType::kBFloat16);
+      break;
+    case ffi::F16:
+      known(DType::kFloat16);
+      break;
+    case ffi::F32:
+      known(DType::kFloat32);
+      break;
+    case ffi::S32:
+      known(DType::kInt32);
+      break;
+    case ffi::S64:
+      array.dtype_name = "s64";
+      break;
+    case ffi::U8:
+      array.dtype_name = "u8";
+      break;
+    case ffi::F64:
+      array.dtype_name = "f64";
+      break;
+    default:
+      array.dtype_name = "of another type";
+  }
+  return array;
+}
+
+void tell(driver::CallHook hook, const Call& call) {
+  std::vector<driver::Buffer> buffers;
+  const auto add = [&](const std::vector<Array>& arrays, const std::vector<ArraySpec>& specs,
+                       bool written) {
+    for (size_t i = 0; i < arrays.size() && i < specs.size(); ++i) {
+      uint64_t size = arrays[i].dtype ? size_in_bytes(*arrays[i].dtype) : 0;
+      for (size_t d = 0; d < arrays[i].rank; ++d) size *= arrays[i].dims[d];
+      buffers.push_back({specs[i].name, arrays[i].data, size, written});
+    }
+  };
+  add(call.operands, call.target->operands, false);
+  add(call.results, call.target->results, true);
+  hook(call.target->name.c_str(), buffers.data(), static_cast<int32_t>(buffers.size()));
+}
+
+ffi::Error run(const Target& target, cuda::Stream stream, ffi::RemainingArgs operands,
+               ffi::RemainingRets results, Call call) {
+  try {
+    call.target = &target;
+    call.operands.reserve(operands.size());
+    for (size_t i = 0; i < operands.size(); ++i) {
+      call.operands.push_back(decode(operands.get<ffi::AnyBuffer>(i).value()));
+    }
+    call.results.reserve(results.size());
+    for (size_t i = 0; i < results.size(); ++i) {
+      call.results.push_back(decode(*results.get<ffi::AnyBuffer>(i).value()));
+    }
+    driver::Device device(stream);
+    if (device.hook() != nullptr) tell(device.hook(), call);
+    device.execute(plan_call(call, device.num_sms()));
+    return ffi::Error::Success();
+  } catch (const std::invalid_argument& error) {
+    return ffi::Error(ffi::ErrorCode::kInvalidArgument, error.what());
+  } catch (const driver::UnavailableError& error) {
+    return ffi::Error(ffi::ErrorCode::kUnavailable, target.name + ": " + error.what());
+  } catch (const std::exception& error) {
+    return ffi::Error(ffi::ErrorCode::kInternal, target.name + ": " + error.what());
+  }
+}
+
+// The CUDA platform passes its stream; the CPU platform has none.
+template <bool kOnCuda>
+std::unique_ptr<ffi::Ffi> make_handler(const Target& target) {
+  const auto quantize = [&target](cuda::Stream stream, ffi::RemainingArgs operands,
+                                  ffi::RemainingRets results, bool pow2) {
+    Call call;
+    call.pow2 = pow2;
+    return run(target, stream, operands, results, std::move(call));
+  };
+  const auto gemm = [&target](cuda::Stream stream, ffi::RemainingArgs operands,
+                              ffi::RemainingRets results, int32_t config, int32_t num_sms) {
+    Call call;
+    call.config = config;
+    call.num_sms = num_sms;
+    return run(target, stream, operands, results, std::move(call));
+  };
+  const auto make = [&](auto bind, auto adapt) -> std::unique_ptr<ffi::Ffi> {
+    if (target.family == Family::kQuantize) {
+      return bind().RemainingArgs().RemainingRets().template Attr<bool>("pow2").To(
+          adapt(quantize), {ffi::Traits::kCmdBufferCompatible});
+    }
+    return bind()
+        .RemainingArgs()
+        .RemainingRets()
+        .template Attr<int32_t>("config")
+        .template Attr<int32_t>("num_sms")
+        .To(adapt(gemm), {ffi::Traits::kCmdBufferCompatible});
+  };
+  if constexpr (kOnCuda) {
+    return make([] { return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cuda::Stream>>(); },
+                [](auto run) { return run; });
+  } else {
+    return make([] { return ffi::Ffi::Bind(); },
+                [](auto run) {
+                  return [run](auto... arguments) { return run(cuda::Stream{}, arguments...); };
+                });
+  }
+}
+
+template <bool kOnCuda, size_t kTarget>
+XLA_FFI_Error* handle(XLA_FFI_CallFrame* frame) {
+  static const std::unique_ptr<ffi::Ffi> handler = make_handler<kOnCuda>(targets()[kTarget]);
+  return handler->Call(frame);
+}
+
+template <bool kOnCuda, size_t... kTarget>
+std::vector<Handler> all_handlers(std::index_sequence<kTarget...>) {
+  return {&handle<kOnCuda, kTarget>...};
+}
+
+}  // namespace
+
+std::vector<Handler> cuda_handlers() {
+  return all_handlers<true>(std::make_index_sequence<kNumTargets>());
+}
+
+std::vector<Handler> emulated_handlers() {
+  return all_handlers<false>(std::make_index_sequence<kNumTargets>());
+}
+
+}  // namespace jaxfp8

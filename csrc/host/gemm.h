@@ -1,7 +1,8 @@
 // Planning of the FP8 block-scaled products: shapes, addresses and SM count in, a launch out.
 //
 //   out[g, m, n] = sum over blocks b of 128 of the contraction, in order, of
-//                  lhs_scale[g, m, b] * rhs_scale[g, n (or n / 128), b] * (lhs[g, m, b] . rhs[g, n, b])
+//                  lhs_scale[g, m, b] * rhs_scale[g, n (or n / 128), b] * (lhs[g, m, b] . rhs[g, n,
+//                  b])
 //
 // The layouts of the operands are those of docs/architecture.md.
 #pragma once
@@ -22,10 +23,10 @@ struct PlanError : std::invalid_argument {
 
 struct GemmProblem {
   enum class Kind {
-    k1d2d,          // lhs (1 or G, M, K), rhs (G, N, K), rhs scale (G, NB, KB) -> out (G, M, N)
-    k1d1d,          // lhs (1 or G, M, K), rhs (G, N, K), rhs scale (G, N, KB) M-major -> out (G, M, N)
-    kGrouped,       // lhs (M, K), rhs (G, N, K), rhs scale (G, NB, KB), group_sizes -> out (M, N)
-    kMasked,        // lhs (G, M, K), rhs as above, group_sizes = masked_m -> out (G, M, N)
+    k1d2d,     // lhs (1 or G, M, K), rhs (G, N, K), rhs scale (G, NB, KB) -> out (G, M, N)
+    k1d1d,     // lhs (1 or G, M, K), rhs (G, N, K), rhs scale (G, N, KB) M-major -> out (G, M, N)
+    kGrouped,  // lhs (M, K), rhs (G, N, K), rhs scale (G, NB, KB), group_sizes -> out (M, N)
+    kMasked,   // lhs (G, M, K), rhs as above, group_sizes = masked_m -> out (G, M, N)
     kGroupedWgrad,  // lhs (M, K), rhs (N, K) over a group-padded contraction K = T, both scales
                     // M-major, group_sizes -> out (G, M, N)
   };

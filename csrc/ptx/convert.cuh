@@ -26,6 +26,13 @@ __device__ __forceinline__ float cvt_f32_f16(uint16_t a) {
   return d;
 }
 
+// Data Movement and Conversion Instructions, cvt: a becomes the upper half, b the lower.
+__device__ __forceinline__ uint32_t cvt_rn_bf16x2_f32(float a, float b) {
+  uint32_t d;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(a), "f"(b));
+  return d;
+}
+
 // Floating Point Instructions, fma: with .ftz a subnormal operand or result is a zero of the same
 // sign.
 __device__ __forceinline__ float fma_rn_ftz_f32(float a, float b, float c) {

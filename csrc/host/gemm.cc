@@ -1,0 +1,291 @@
+#include "gemm.h"
+
+#include <algorithm>
+#include <array>
+#include <climits>
+#include <cmath>
+#include <limits>
+
+#include "../kernels/gemm_layout.h"
+
+namespace jaxfp8 {
+namespace {
+
+using Kind = GemmProblem::Kind;
+
+// A configuration: a compiled tile, and the cluster that it runs in.
+struct Config {
+  int block_m, block_n;
+  int cluster_m, cluster_n;  // CTAs along M (they share rhs blocks) and N (they share lhs blocks)
+};
+
+constexpr std::array<Config, 10> kBlockScaleConfigs = {{
+    {64, 32, 1, 1},
+    {64, 64, 1, 1},
+    {64, 128, 1, 1},
+    {128, 128, 1, 1},
+    {128, 128, 2, 1},
+    {128, 128, 1, 2},
+    {128, 192, 1, 1},
+    {128, 192, 2, 1},
+    {256, 128, 1, 1},
+    {256, 128, 1, 2},
+}};
+
+constexpr std::array<Config, 8> kOuterScaleConfigs = {{
+    {64, 64, 1, 1},
+    {128, 128, 1, 1},
+    {128, 128, 2, 1},
+    {128, 128, 1, 2},
+    {128, 192, 1, 1},
+    {128, 192, 2, 1},
+    {256, 128, 1, 1},
+    {256, 128, 1, 2},
+}};
+
+bool has_outer_scales(Kind kind) { return kind == Kind::k1d1d || kind == Kind::kGroupedWgrad; }
+
+const Config& config_of(Kind kind, int config) {
+  return has_outer_scales(kind) ? kOuterScaleConfigs.at(config) : kBlockScaleConfigs.at(config);
+}
+
+TileLayout layout_of(const Config& config, const GemmProblem& p) {
+  return {config.block_m, config.block_n, static_cast<int>(size_in_bytes(p.out)),
+          has_outer_scales(p.kind)};
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+void require(bool condition, const std::string& message) {
+  if (!condition) throw PlanError("gemm: " + message);
+}
+
+void require_aligned(const void* address, int64_t alignment, const char* argument) {
+  require(reinterpret_cast<uintptr_t>(address) % alignment == 0,
+          std::string(argument) + " lies at an address that is no multiple of " +
+              std::to_string(alignment) + " bytes");
+}
+
+bool is_grouped(Kind kind) {
+  return kind == Kind::kGrouped || kind == Kind::kMasked || kind == Kind::kGroupedWgrad;
+}
+
+// Rows of all groups of the output, the lhs and the rhs.
+int64_t out_rows(const GemmProblem& p) { return p.kind == Kind::kGrouped ? p.m : p.groups * p.m; }
+int64_t lhs_rows(const GemmProblem& p) {
+  const bool one = p.lhs_shared || p.kind == Kind::kGrouped || p.kind == Kind::kGroupedWgrad;
+  return one ? p.m : p.groups * p.m;
+}
+int64_t rhs_rows(const GemmProblem& p) {
+  return p.kind == Kind::kGroupedWgrad ? p.n : p.groups * p.n;
+}
+
+void check(const GemmProblem& p) {
+  const auto positive = [](int64_t size, const char* name) {
+    require(size >= 1 && size <= INT_MAX, std::string(name) + " is " + std::to_string(size) +
+                                              "; allowed is 1 to " + std::to_string(INT_MAX));
+  };
+  positive(p.m, "M");
+  positive(p.n, "N");
+  positive(p.k, "K");
+  positive(p.groups, "the number of groups");
+  require(p.k % 16 == 0, "K is " + std::to_string(p.k) + "; it must be a multiple of 16");
+  for (auto [rows, name] :
+       {std::pair{out_rows(p), "out"}, {lhs_rows(p), "lhs"}, {rhs_rows(p), "rhs"}}) {
+    require(rows <= INT_MAX, std::string(name) + " has " + std::to_string(rows) +
+                                 " rows over all groups; allowed are " + std::to_string(INT_MAX));
+  }
+  const auto lhs_allowed = p.lhs == DType::kF8E4M3FN || p.lhs == DType::kF8E5M2;
+  require(lhs_allowed,
+          std::string("lhs has dtype ") + name(p.lhs) + "; allowed are f8e4m3fn and f8e5m2");
+  if (has_outer_scales(p.kind)) {
+    require(p.rhs == DType::kF8E4M3FN || p.rhs == DType::kF8E5M2,
+            std::string("rhs has dtype ") + name(p.rhs) + "; allowed are f8e4m3fn and f8e5m2");
+    require(p.lhs == DType::kF8E4M3FN || p.rhs == DType::kF8E4M3FN,
+            "lhs and rhs both have dtype f8e5m2; one must be f8e4m3fn");
+  } else {
+    require(p.rhs == DType::kF8E4M3FN,
+            std::string("rhs has dtype ") + name(p.rhs) + "; allowed is f8e4m3fn");
+  }
+  require(p.out == DType::kBFloat16 || p.out == DType::kFloat32,
+          std::string("out has dtype ") + name(p.out) + "; allowed are bf16 and f32");
+  if (p.lhs_shared) {
+    require(!is_grouped(p.kind), "lhs can be shared by batch entries only, not by ragged groups");
+  }
+  if (p.kind == Kind::kGroupedWgrad) {
+    require(p.k % 128 == 0 && p.k / 128 >= p.groups, "the contraction is " + std::to_string(p.k) +
+                                                         " wide; it must be a multiple of 128 and "
+                                                         "have 128 for each of the " +
+                                                         std::to_string(p.groups) + " groups");
+  }
+  require_aligned(p.lhs_data, 16, "lhs");
+  require_aligned(p.rhs_data, 16, "rhs");
+  require_aligned(p.lhs_scale, 4, "the scale of lhs");
+  require_aligned(p.rhs_scale, 4, "the scale of rhs");
+  require_aligned(p.out_data, size_in_bytes(p.out), "out");
+  if (is_grouped(p.kind)) require_aligned(p.group_sizes, 4, "group_sizes");
+}
+
+// At most how many tiles of a cluster there are; group sizes are on the device.
+int64_t max_tiles(const GemmProblem& p, const Config& c) {
+  const int64_t block_m = c.block_m * c.cluster_m;
+  const int64_t columns = ceil_div(p.n, c.block_n * c.cluster_n);
+  if (p.kind == Kind::kGrouped) return (p.m / block_m + p.groups + 1) * columns;
+  if (p.kind == Kind::kMasked) return p.groups * (p.m / block_m + 2) * columns;
+  return p.groups * ceil_div(p.m, block_m) * columns;
+}
+
+// Estimated cycles of a launch: waves of tiles, each with its products, its epilogue, and what it
+// reads through L2. Coefficients: benchmarks/NOTES.md.
+double estimated_cycles(const GemmProblem& p, const Config& c, int sms) {
+  const int cluster = c.cluster_m * c.cluster_n;
+  if (cluster > sms) return std::numeric_limits<double>::infinity();
+  double tiles, k_blocks = ceil_div(p.k, 128);
+  const int64_t block_m = c.block_m * c.cluster_m, block_n = c.block_n * c.cluster_n;
+  const double columns = ceil_div(p.n, block_n);
+  if (p.kind == Kind::kGrouped) {
+    const int64_t rows = std::max<int64_t>(1, p.m / p.groups);
+    tiles = std::min<int64_t>(p.groups, p.m) * (rows / double(block_m) + 0.5) * columns;
+    if (p.groups == 1) tiles = ceil_div(p.m, block_m) * columns;
+  } else {
+    tiles = double(p.groups) * ceil_div(p.m, block_m) * columns;
+  }
+  if (p.kind == Kind::kGroupedWgrad) k_blocks = std::max(1.0, k_blocks / p.groups - 0.5);
+  const double waves = std::ceil(tiles / (sms / cluster));
+  const double tensor = 2.0 * c.block_m * c.block_n / 64;
+  const double shared_memory =
+      (c.block_m + c.block_n + c.block_m / 64 * (64 + c.block_n)) * 1.0;  // fills and reads
+  const double l2 = (double(c.block_m) / c.cluster_n + double(c.block_n) / c.cluster_m) * 128 / 40;
+  const double block = std::max({tensor * (c.block_m == 64 ? 1.5 : 1.1), shared_memory, l2});
+  const double epilogue = 1000 + c.block_m * c.block_n * size_in_bytes(p.out) / 64;
+  return waves * (k_blocks * block + epilogue);
+}
+
+int choose_config(const GemmProblem& p, int sms) {
+  int best = -1;
+  double best_cycles = std::numeric_limits<double>::infinity();
+  for (int i = 0; i < num_gemm_configs(p.kind); ++i) {
+    const double cycles = estimated_cycles(p, config_of(p.kind, i), sms);
+    if (cycles < best_cycles) {
+      best = i;
+      best_cycles = cycles;
+    }
+  }
+  return best;
+}
+
+// Tiles along N that are walked together, so that the clusters that run at once cover about as many
+// rows of the lhs as of the rhs.
+int band_of(const GemmProblem& p, const Config& c, int clusters) {
+  const double square =
+      std::sqrt(double(clusters) * c.block_m * c.cluster_m / (c.block_n * c.cluster_n));
+  const int64_t columns = ceil_div(p.n, c.block_n * c.cluster_n);
+  return static_cast<int>(std::clamp<int64_t>(std::lround(square), 1, columns));
+}
+
+const char* short_name(DType type) { return type == DType::kF8E5M2 ? "e5m2" : "e4m3"; }
+
+TensorMap operand_map(void* data, int64_t rows, int64_t k, int box_rows) {
+  return {TensorMap::Type::kUint8,
+          data,
+          {static_cast<uint64_t>(k), static_cast<uint64_t>(rows)},
+          {static_cast<uint64_t>(k)},
+          {kBlockK, static_cast<uint32_t>(box_rows)},
+          TensorMap::Swizzle::k128B};
+}
+
+TensorMap::Swizzle swizzle_of(int bytes) {
+  return bytes == 128  ? TensorMap::Swizzle::k128B
+         : bytes == 64 ? TensorMap::Swizzle::k64B
+                       : TensorMap::Swizzle::k32B;
+}
+
+}  // namespace
+
+int num_gemm_configs(Kind kind) {
+  return has_outer_scales(kind) ? kOuterScaleConfigs.size() : kBlockScaleConfigs.size();
+}
+
+std::string gemm_config_name(Kind kind, int config) {
+  const Config& c = config_of(kind, config);
+  return "m" + std::to_string(c.block_m) + "n" + std::to_string(c.block_n) + " cluster " +
+         std::to_string(c.cluster_m) + "x" + std::to_string(c.cluster_n);
+}
+
+LaunchPlan plan_gemm(const GemmProblem& p, int config, int num_sms, int device_sms) {
+  check(p);
+  require(device_sms >= 1, "the device has " + std::to_string(device_sms) + " SMs");
+  require(num_sms >= 0, "num_sms is " + std::to_string(num_sms) + "; allowed is 0 (all) or more");
+  const int sms = num_sms == 0 ? device_sms : std::min(num_sms, device_sms);
+  require(config >= -1 && config < num_gemm_configs(p.kind),
+          "config is " + std::to_string(config) + "; allowed is -1 (the heuristic) to " +
+              std::to_string(num_gemm_configs(p.kind) - 1));
+  const Config& c = config_of(p.kind, config == -1 ? choose_config(p, sms) : config);
+  const int cluster = c.cluster_m * c.cluster_n;
+  require(cluster <= sms, "config " + std::to_string(config) + " runs in clusters of " +
+                              std::to_string(cluster) + " SMs; num_sms is " +
+                              std::to_string(num_sms));
+  const int64_t tiles = max_tiles(p, c);
+  require(tiles <= INT_MAX, "out has more than " + std::to_string(INT_MAX) + " tiles");
+
+  const TileLayout layout = layout_of(c, p);
+  const int clusters = static_cast<int>(std::min<int64_t>(sms / cluster, tiles));
+  const int64_t out_row_bytes = p.n * size_in_bytes(p.out);
+  const bool mapped = out_row_bytes % 16 == 0 && reinterpret_cast<uintptr_t>(p.out_data) % 16 == 0;
+
+  const TensorMap lhs_map = operand_map(p.lhs_data, lhs_rows(p), p.k, c.block_m / c.cluster_n);
+  const TensorMap rhs_map = operand_map(p.rhs_data, rhs_rows(p), p.k, c.block_n / c.cluster_m);
+  const TensorMap out_map =
+      mapped ? TensorMap{p.out == DType::kFloat32 ? TensorMap::Type::kFloat32
+                                                  : TensorMap::Type::kBfloat16,
+                         p.out_data,
+                         {static_cast<uint64_t>(p.n), static_cast<uint64_t>(out_rows(p))},
+                         {static_cast<uint64_t>(out_row_bytes)},
+                         {static_cast<uint32_t>(layout.strip_row_bytes() / layout.out_bytes),
+                          kStripRows},
+                         swizzle_of(layout.strip_row_bytes())}
+             : lhs_map;  // unused
+
+  const int32_t mode = p.kind == Kind::kGrouped        ? kGrouped
+                       : p.kind == Kind::kMasked       ? kMasked
+                       : p.kind == Kind::kGroupedWgrad ? kGroupedWgrad
+                                                       : kDense;
+  const bool wgrad = p.kind == Kind::kGroupedWgrad;
+  const int64_t lhs_group_rows = p.lhs_shared || p.kind == Kind::kGrouped || wgrad ? 0 : p.m;
+  const int64_t rhs_group_rows = wgrad ? 0 : p.n;
+
+  LaunchPlan plan;
+  plan.image =
+      std::string("gemm_") + (has_outer_scales(p.kind) ? "1d1d" : "1d2d") + "_" + name(p.out);
+  plan.kernel = std::string("gemm_") + (has_outer_scales(p.kind) ? "1d1d" : "1d2d") + "_m" +
+                std::to_string(c.block_m) + "n" + std::to_string(c.block_n) + "_" +
+                short_name(p.lhs) + "_" + short_name(p.rhs) + "_" + name(p.out);
+  plan.grid.x = clusters * cluster;
+  plan.block.x = layout.threads();
+  plan.cluster.x = cluster;
+  plan.dynamic_smem = layout.shared_bytes();
+  // In the order of GemmArgs (csrc/kernels/gemm_args.cuh).
+  plan.args = {lhs_map,
+               rhs_map,
+               out_map,
+               p.lhs_scale,
+               p.rhs_scale,
+               p.group_sizes,
+               p.out_data,
+               mode,
+               static_cast<int32_t>(p.m),
+               static_cast<int32_t>(p.n),
+               static_cast<int32_t>(p.groups),
+               static_cast<int32_t>(ceil_div(p.k, 128)),
+               static_cast<int32_t>(lhs_rows(p)),
+               static_cast<int32_t>(rhs_rows(p)),
+               static_cast<int32_t>(lhs_group_rows),
+               static_cast<int32_t>(rhs_group_rows),
+               static_cast<int32_t>(c.cluster_m),
+               static_cast<int32_t>(c.cluster_n),
+               static_cast<int32_t>(band_of(p, c, clusters)),
+               static_cast<int32_t>((p.accum ? kAccumulate : 0) | (mapped ? kOutTensorMap : 0))};
+  return plan;
+}
+
+}  // namespace jaxfp8

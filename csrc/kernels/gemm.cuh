@@ -1,0 +1,364 @@
+// FP8 block-scaled GEMM for Hopper: out = sum over 128-wide blocks b of the contraction of
+//   scale(row, col, b) * (lhs block . rhs block), the products in the tensor cores, the sum over b
+//   in
+// float32 registers. gemm_1d2d.cuh and gemm_1d1d.cuh say what the scales are.
+//
+// A persistent CTA an SM. Warpgroup 0 feeds, the others compute:
+//
+//   warp 0   schedules: writes each tile's Work to the mailbox
+//   warp 1   loads: TMA of the lhs and rhs blocks into the ring of stages (128-byte swizzle)
+//   warp 2   loads the stage's scales, 4 bytes at a time, so that no row start is misaligned
+//   math     wgmma m64nNk32, promotion to float32 with the scales, epilogue
+//
+// What protects what:
+//   stage.full    the stage's operands (transaction bytes) and scales (32 lanes of warp 2) are
+//   there stage.empty   every math warp of the cluster is done with the stage. Of the cluster,
+//   since a
+//                 CTA's loads are multicast into the others' stages.
+//   mailbox       see schedule.cuh
+//   staging       each warp's own; its lane 0 waits until the copy engine has read it
+//
+// With two accumulator sets (kSets = 2) a warpgroup promotes block k while its own wgmma of block
+// k + 1 runs. With one set only the other warpgroup's wgmma runs meanwhile; the registers go into
+// a larger tile, which reads less shared memory and L2 per product.
+//
+// Clusters: the cluster_n CTAs along N share their lhs block, the cluster_m CTAs along M their rhs
+// block. Each loads its part of a shared block and multicasts it.
+#pragma once
+#include <cstdint>
+
+#include "../ptx/copy.cuh"
+#include "../ptx/mbarrier.cuh"
+#include "../ptx/sync.cuh"
+#include "../ptx/wgmma.cuh"
+#include "epilogue.cuh"
+#include "gemm_args.cuh"
+#include "ring.cuh"
+#include "schedule.cuh"
+
+namespace jaxfp8 {
+
+template <int kBlockM_, int kBlockN_, int kSets_, template <int, int> class Scales_, class Lhs_,
+          class Rhs_, class Out_>
+struct Tile {
+  static constexpr int kBlockM = kBlockM_, kBlockN = kBlockN_, kSets = kSets_;
+  using Scales = Scales_<kBlockM, kBlockN>;
+  using Lhs = Lhs_;
+  using Rhs = Rhs_;
+  using Out = Out_;
+
+  static constexpr TileLayout kLayout = {kBlockM, kBlockN, Out::kBytes, Scales::kOuter};
+  static constexpr int kMathWarpgroups = kLayout.math_warpgroups();
+  static constexpr int kMathWarps = 4 * kMathWarpgroups;
+  static constexpr int kThreads = kLayout.threads();
+  static constexpr int kWaves = kBlockM / (64 * kMathWarpgroups);  // of 64 rows a warpgroup
+  static constexpr int kSums = kBlockN / 2;                        // registers of a wave
+
+  static constexpr int kLhsBytes = kLayout.lhs_bytes();
+  static constexpr int kRhsBytes = kLayout.rhs_bytes();
+  static constexpr int kScaleBytes = kLayout.scale_bytes();
+  static constexpr int kStages = kLayout.stages();
+  static constexpr int kRhs = kLayout.rhs_offset();
+  static constexpr int kStaging = kLayout.staging_offset();
+  static constexpr int kScale = kLayout.scale_offset();
+  using Stages = Ring<kStages>;
+
+  static_assert(kBlockM % (64 * kMathWarpgroups) == 0);
+  static_assert(kBlockN % 16 == 0 && kBlockN <= 192, "stmatrix.x4 pairs; wgmma.cuh");
+  static_assert(kSets == 1 || kWaves == 1, "registers");
+  static_assert(kStages >= 3 && kLayout.shared_bytes() <= kMaxSharedBytes);
+  // A swizzle pattern is 8 rows of 128 bytes.
+  static_assert(kLhsBytes % 1024 == 0 && kRhsBytes % 1024 == 0 && kStaging % 1024 == 0);
+  static_assert(kScaleBytes % 16 == 0 && kLayout.mailbox_offset() % 16 == 0 &&
+                kLayout.stage_barriers_offset() % 8 == 0);
+};
+
+// ---- Warp 1: operands
+
+template <class Tile>
+__device__ void load_operands(const GemmArgs& args, uint32_t shared, Mailbox mailbox,
+                              typename Tile::Stages stages, int lane) {
+  const int rank = ptx::cluster_rank();
+  const int rank_m = rank / args.cluster_n, rank_n = rank % args.cluster_n;
+  // The CTAs of this one's row of the cluster share the lhs block, those of its column the rhs
+  // block; each loads a part.
+  const int lhs_part = Tile::kBlockM / args.cluster_n, rhs_part = Tile::kBlockN / args.cluster_m;
+  const uint16_t row_mask = ((1 << args.cluster_n) - 1) << (rank_m * args.cluster_n);
+  uint16_t column_mask = 0;
+  for (int i = 0; i < args.cluster_m; ++i) column_mask |= 1 << (i * args.cluster_n + rank_n);
+  const uint32_t lhs = shared + rank_n * lhs_part * kBlockK;
+  const uint32_t rhs = shared + Tile::kRhs + rank_m * rhs_part * kBlockK;
+
+  for (;;) {
+    const Work work = mailbox.receive(lane);
+    if (work.k_blocks == Work::kEnd) return;
+    if (lane == 0) {
+      for (int b = 0; b < work.k_blocks; ++b, stages.advance()) {
+        stages.wait_empty();
+        ptx::mbarrier_arrive_expect_tx(stages.full(), Tile::kLhsBytes + Tile::kRhsBytes);
+        const int x = (work.k_block + b) * kBlockK;
+        const uint32_t lhs_stage = lhs + stages.slot * Tile::kLhsBytes;
+        const uint32_t rhs_stage = rhs + stages.slot * Tile::kRhsBytes;
+        const int lhs_row = work.lhs_row + rank_n * lhs_part;
+        const int rhs_row = work.rhs_row + rank_m * rhs_part;
+        if (args.cluster_n == 1) {
+          ptx::tma_load_2d(lhs_stage, args.lhs_map, x, lhs_row, stages.full());
+        } else {
+          ptx::tma_load_2d_multicast(lhs_stage, args.lhs_map, x, lhs_row, stages.full(), row_mask);
+        }
+        if (args.cluster_m == 1) {
+          ptx::tma_load_2d(rhs_stage, args.rhs_map, x, rhs_row, stages.full());
+        } else {
+          ptx::tma_load_2d_multicast(rhs_stage, args.rhs_map, x, rhs_row, stages.full(),
+                                     column_mask);
+        }
+      }
+    }
+    __syncwarp();
+  }
+}
+
+// ---- Warp 2: scales
+
+template <class Tile>
+__device__ void load_scales(const GemmArgs& args, uint32_t shared, Mailbox mailbox,
+                            typename Tile::Stages stages, int lane) {
+  for (;;) {
+    const Work work = mailbox.receive(lane);
+    if (work.k_blocks == Work::kEnd) return;
+    for (int b = 0; b < work.k_blocks; ++b, stages.advance()) {
+      stages.wait_empty();
+      Tile::Scales::load(args, work, work.k_block + b,
+                         shared + Tile::kScale + stages.slot * Tile::kScaleBytes, lane);
+      ptx::cp_async_mbarrier_arrive(stages.full());
+    }
+  }
+}
+
+// The lhs scales of a stage: row r of the tile at float 16 (r / 16) + 2 (r % 8) + (r / 8) % 2, so
+// that the two rows of a wgmma lane lie together. Rows past the operand's end get zero.
+template <int kBlockM>
+__device__ void load_lhs_scales(const GemmArgs& args, const Work& work, int k_block, uint32_t stage,
+                                int lane) {
+  const float* source = args.lhs_scale + int64_t{k_block} * args.lhs_rows + work.lhs_row;
+  const int rows = args.lhs_rows - work.lhs_row;
+#pragma unroll
+  for (int i = 0; i < kBlockM; i += 32) {
+    const int r = i + lane;
+    const bool inside = r < rows;
+    ptx::cp_async_4(stage + 4 * (r / 16 * 16 + r % 8 * 2 + r / 8 % 2),
+                    inside ? source + r : args.lhs_scale, inside ? 4 : 0);
+  }
+}
+
+// ---- Math warpgroups
+
+// The products of one 128-wide block of one 64-row wave: four wgmma, one commit group.
+template <class Tile>
+__device__ __forceinline__ void issue_products(float (&acc)[Tile::kSums], uint64_t lhs,
+                                               uint64_t rhs) {
+  constexpr int kStep = 32 >> 4;  // 32 bytes of the contraction, as a descriptor counts
+  ptx::pin_registers(acc);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < kBlockK / 32; ++k) {
+    ptx::Wgmma<typename Tile::Lhs, typename Tile::Rhs, Tile::kSums>::mma(acc, lhs + k * kStep,
+                                                                         rhs + k * kStep, k > 0);
+  }
+  ptx::wgmma_commit_group();
+  ptx::pin_registers(acc);
+}
+
+template <class Tile>
+struct Consumer {
+  using Scales = typename Tile::Scales;
+  using Lane = typename Scales::Lane;
+  using Sums = float[Tile::kSums];
+
+  const GemmArgs& args;
+  typename Tile::Stages stages;
+  uint64_t lhs, rhs;          // descriptors of stage 0, this warpgroup's first wave
+  uint32_t scales;            // of stage 0
+  uint32_t released;          // lane i: barrier `empty` of stage 0 in CTA i of the cluster
+  int warpgroup, warp, lane;  // warp: of the warpgroup
+
+  static constexpr int kWaveRows = 64;
+
+  // Waits for the stage, takes this lane's scales and issues the products of a wave.
+  __device__ __forceinline__ Lane issue(Sums& acc, int wave) {
+    const int row = (warpgroup * Tile::kWaves + wave) * kWaveRows + warp * 16;
+    const Lane held(scales + stages.slot * Tile::kScaleBytes, row, lane, stages.slot);
+    issue_products<Tile>(acc,
+                         lhs + ((stages.slot * Tile::kLhsBytes + wave * kWaveRows * kBlockK) >> 4),
+                         rhs + (stages.slot * Tile::kRhsBytes >> 4));
+    return held;
+  }
+
+  __device__ __forceinline__ void finish(Sums& acc) {
+    ptx::wgmma_wait_group<0>();
+    ptx::pin_registers(acc);
+  }
+
+  // This warp is done with stage `slot`, here and in the other CTAs of the cluster.
+  __device__ __forceinline__ void release(int slot) {
+    __syncwarp();
+    if (lane < args.cluster_m * args.cluster_n) ptx::mbarrier_arrive_cluster(released + 8 * slot);
+  }
+
+  // One set: wait for a wave's products, then promote them.
+  __device__ __forceinline__ void accumulate(Sums (&sum)[Tile::kWaves], int k_blocks) {
+    for (int b = 0; b < k_blocks; ++b) {
+      stages.wait_full();
+#pragma unroll
+      for (int wave = 0; wave < Tile::kWaves; ++wave) {
+        const bool last = wave == Tile::kWaves - 1;
+        Sums acc;
+        const Lane held = issue(acc, wave);
+        finish(acc);
+        if (last && !Scales::kPromotionReadsStage) release(stages.slot);
+        held.promote(sum[wave], acc);
+        if (last && Scales::kPromotionReadsStage) release(stages.slot);
+      }
+      stages.advance();
+    }
+  }
+
+  // Issues the next block's products into `next`, promotes `current` under them, and waits.
+  __device__ __forceinline__ Lane turn(Sums& sum, Sums& next, Sums& current, const Lane& held) {
+    const int slot = stages.slot;
+    stages.wait_full();
+    const Lane next_held = issue(next, 0);
+    stages.advance();
+    held.promote(sum, current);
+    if (Scales::kPromotionReadsStage) release(held.slot);
+    finish(next);
+    if (!Scales::kPromotionReadsStage) release(slot);
+    return next_held;
+  }
+
+  // Two sets: promote a block under the products of the next. No group is in flight across the
+  // loop's back edge, where ptxas would serialize them all.
+  __device__ __forceinline__ void accumulate_in_two_sets(Sums& sum, int k_blocks) {
+    Sums even, odd;
+    stages.wait_full();
+    Lane held = issue(even, 0);
+    finish(even);
+    if (!Scales::kPromotionReadsStage) release(stages.slot);
+    stages.advance();
+    int b = 1;
+    for (; b + 1 < k_blocks; b += 2) {
+      const Lane odd_held = turn(sum, odd, even, held);
+      held = turn(sum, even, odd, odd_held);
+    }
+    if (b < k_blocks) {
+      held = turn(sum, odd, even, held);
+      held.promote(sum, odd);
+    } else {
+      held.promote(sum, even);
+    }
+    if (Scales::kPromotionReadsStage) release(held.slot);
+  }
+};
+
+template <class Tile>
+__device__ void compute(const GemmArgs& args, uint32_t shared, Mailbox mailbox,
+                        typename Tile::Stages stages, int warpgroup, int warp, int lane) {
+  const int warp_of_math = warpgroup * 4 + warp;
+  Consumer<Tile> consumer = {
+      args,
+      stages,
+      ptx::matrix_descriptor(shared + warpgroup * Tile::kWaves * 64 * kBlockK),
+      ptx::matrix_descriptor(shared + Tile::kRhs),
+      shared + Tile::kScale,
+      ptx::mapa(stages.barriers + 8 * Tile::kStages,
+                lane < args.cluster_m * args.cluster_n ? lane : 0),
+      warpgroup,
+      warp,
+      lane};
+  using Stage = Staging<typename Tile::Out, Tile::kBlockN>;
+  const Stage staging = {
+      shared + Tile::kStaging + warp_of_math * Tile::kLayout.staging_bytes_per_warp(), lane};
+  for (;;) {
+    const Work work = mailbox.receive(lane);
+    if (work.k_blocks == Work::kEnd) break;
+    float sum[Tile::kWaves][Tile::kSums] = {};
+    if (work.k_blocks > 0) {
+      if constexpr (Tile::kSets == 2) {
+        consumer.accumulate_in_two_sets(sum[0], work.k_blocks);
+      } else {
+        consumer.accumulate(sum, work.k_blocks);
+      }
+    }
+#pragma unroll
+    for (int wave = 0; wave < Tile::kWaves; ++wave) {
+      const int row = (warpgroup * Tile::kWaves + wave) * 64 + warp * 16;
+      store<typename Tile::Out, Tile::kBlockN>(args, work, sum[wave], row, staging, lane);
+    }
+    __syncwarp();  // also tells the compiler that the warp is converged
+  }
+  if (lane == 0) ptx::bulk_wait();
+}
+
+// ---- The kernel
+
+template <class Tile>
+__device__ __forceinline__ void gemm(const GemmArgs& args) {
+  extern __shared__ __align__(1024) uint8_t memory[];
+  const uint32_t shared = ptx::shared_address(memory);
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+  const int lane = threadIdx.x % 32;
+
+  constexpr TileLayout kLayout = Tile::kLayout;
+  const typename Tile::Stages stages(shared + kLayout.stage_barriers_offset());
+  const Mailbox mailbox = {shared + kLayout.mailbox_offset(),
+                           Ring<kMailboxSlots>(shared + kLayout.mailbox_barriers_offset())};
+  if (threadIdx.x == 0) {
+    ptx::prefetch_tensor_map(args.lhs_map);
+    ptx::prefetch_tensor_map(args.rhs_map);
+    if (args.flags & kOutTensorMap) ptx::prefetch_tensor_map(args.out_map);
+    // full: warp 1's arrival with the bytes to expect, and warp 2's lanes.
+    stages.init(1 + 32, Tile::kMathWarps * args.cluster_m * args.cluster_n);
+    mailbox.ring.init(1, 2 + Tile::kMathWarps);
+    ptx::fence_mbarrier_init();
+  }
+  // Of the cluster: no CTA may signal another's barriers before they exist.
+  __syncwarp();
+  ptx::cluster_sync();
+
+  constexpr bool kMoveRegisters = Tile::kMathWarpgroups == 2;  // else each thread may have 255
+  if (warp < 4) {
+    if constexpr (kMoveRegisters) ptx::setmaxnreg_dec<40>();
+    if (warp == 0) {
+      schedule<Tile>(args, mailbox, lane);
+    } else if (warp == 1) {
+      load_operands<Tile>(args, shared, mailbox, stages, lane);
+    } else if (warp == 2) {
+      load_scales<Tile>(args, shared, mailbox, stages, lane);
+    }
+  } else {
+    if constexpr (kMoveRegisters) ptx::setmaxnreg_inc<232>();
+    compute<Tile>(args, shared, mailbox, stages, warp / 4 - 1, warp % 4, lane);
+  }
+  // No CTA leaves while another may still signal its barriers.
+  __syncwarp();
+  ptx::cluster_sync();
+}
+
+// clang-format off
+#define JAXFP8_GEMM(name, ...)                                                                     \
+  extern "C" __global__ void __launch_bounds__(jaxfp8::Tile<__VA_ARGS__>::kThreads, 1)             \
+  name(const __grid_constant__ jaxfp8::ptx::TensorMap lhs_map,                                     \
+       const __grid_constant__ jaxfp8::ptx::TensorMap rhs_map,                                     \
+       const __grid_constant__ jaxfp8::ptx::TensorMap out_map, const float* lhs_scale,             \
+       const float* rhs_scale, const int32_t* group_sizes, void* out, int32_t mode, int32_t m,     \
+       int32_t n, int32_t groups, int32_t k_blocks, int32_t lhs_rows, int32_t rhs_rows,            \
+       int32_t lhs_group_rows, int32_t rhs_group_rows, int32_t cluster_m, int32_t cluster_n,       \
+       int32_t band, int32_t flags) {                                                              \
+    jaxfp8::gemm<jaxfp8::Tile<__VA_ARGS__>>(                                                       \
+        {&lhs_map, &rhs_map, &out_map, lhs_scale, rhs_scale, group_sizes, out, mode, m, n, groups, \
+         k_blocks, lhs_rows, rhs_rows, lhs_group_rows, rhs_group_rows, cluster_m, cluster_n, band, \
+         flags});                                                                                  \
+  }
+// clang-format on
+
+}  // namespace jaxfp8

@@ -1,0 +1,48 @@
+// A ring of slots in shared memory that some warps fill and others empty, in order.
+//
+// Each slot has two barriers. `full` completes when the slot's contents are there; `empty` when
+// every reader is done with them. A party walks the slots with a cursor of its own: the parity of
+// its lap says which phase it waits for. A writer's first lap passes at once.
+#pragma once
+#include <cstdint>
+
+#include "../ptx/mbarrier.cuh"
+
+namespace jaxfp8 {
+
+template <int kSlots>
+struct Ring {
+  uint32_t barriers;  // shared address: full[kSlots], empty[kSlots]
+  uint32_t slot = 0;
+  uint32_t lap = 0;  // parity
+
+  __device__ explicit Ring(uint32_t address) : barriers(address) {}
+
+  // By one thread, before any use, and followed by a fence and a barrier of all parties.
+  __device__ void init(uint32_t full_arrivals, uint32_t empty_arrivals) const {
+    for (int i = 0; i < kSlots; ++i) {
+      ptx::mbarrier_init(barriers + 8 * i, full_arrivals);
+      ptx::mbarrier_init(barriers + 8 * (kSlots + i), empty_arrivals);
+    }
+  }
+
+  __device__ uint32_t full() const { return barriers + 8 * slot; }
+  __device__ uint32_t empty() const { return barriers + 8 * (kSlots + slot); }
+
+  __device__ void wait_full() const {
+    while (!ptx::mbarrier_try_wait(full(), lap)) {
+    }
+  }
+  __device__ void wait_empty() const {
+    while (!ptx::mbarrier_try_wait(empty(), lap ^ 1)) {
+    }
+  }
+  __device__ void advance() {
+    if (++slot == kSlots) {
+      slot = 0;
+      lap ^= 1;
+    }
+  }
+};
+
+}  // namespace jaxfp8

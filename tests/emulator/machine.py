@@ -1,0 +1,347 @@
+"""The state of a running cluster: CTAs, warps, registers, agents and their clocks."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .errors import EmulatorError, LaunchError
+from .program import BYTES, DTYPES, FILES, RANK_SHIFT, UNSIGNED, Program
+from .shared import FIRST, MAX_BYTES, SharedMemory
+
+if TYPE_CHECKING:
+    from .barriers import ClusterBarrier, NamedBarrier
+    from .bulk import BulkStore
+    from .cpasync import CopyGroup
+    from .launch import Launch
+    from .mbarrier import MBarrier
+    from .unit import Unit
+    from .wgmma import WarpgroupQueue
+
+_MBARRIERS_PER_CTA = 128
+REGISTER_FILE = 65536  # 32-bit registers of an SM
+
+
+class Warp:
+    """One warp: where it is, which of its lanes run, and what it waits for."""
+
+    def __init__(self, cta: Cta, number: int, index: int):
+        self.cta, self.number, self.index = cta, number, index
+        self.low, self.high = 32 * number, 32 * number + 32
+        self.name = f"cta{cta.rank} warp{number}"
+        # Control flow. `mask` None means all lanes; `stack` holds (node, mask, join) to resume.
+        self.node = 0
+        self.mask: np.ndarray | None = None
+        self.join: int | None = None
+        self.stack: list[tuple[int, np.ndarray | None, int | None]] = []
+        self.alive = np.ones(32, bool)
+        self.done = False
+        self.blocked: Any = None
+        self.priority = 0
+        self.last_run = 0
+        self.unit: Unit | None = None
+        # A failed try_wait: (node, number of special instructions before it); see mbarrier.py.
+        self.last_poll: tuple[int, int] | None = None
+        self.specials = 0
+        self.poll_expired = False
+        # Registers of wgmma in flight, and those touched since the last wgmma.fence (bit sets).
+        self.accumulators = 0
+        self.fragments = 0
+        self.touched = -1
+        self.wgmma_issued = 0
+        self.wgmma_groups = 0
+        self.wgmma_open: list[tuple[int, int, int, str]] = []
+        # Bulk stores: closed groups, the open group, groups committed so far.
+        self.bulk_groups: list[tuple[int, list[BulkStore]]] = []
+        self.bulk_open: list[BulkStore] = []
+        self.bulk_committed = 0
+        # Non-bulk cp.async.
+        self.copies: CopyGroup | None = None
+        # Set by the barrier that released the warp: its clocks, and the votes of bar.red.
+        self.barrier_token: tuple[np.ndarray, np.ndarray] | None = None
+        self.barrier_votes: np.ndarray | None = None
+        self.cluster_arrival = 0
+        self.cluster_passed = 0
+        self.registers = 0
+        self.tensor_maps: dict[int, int] = {}  # address: version acquired by a fence
+
+    @property
+    def cluster(self) -> Cluster:
+        return self.cta.cluster
+
+    def tick(self):
+        """A new epoch: what the warp does next is not ordered by what it released."""
+        self.cluster.seen[self.index, self.index] += 1
+
+    def join_clock(self, seen: np.ndarray, proxied: np.ndarray):
+        """Acquire: everything ordered before those clocks is ordered before me."""
+        cluster = self.cluster
+        np.maximum(cluster.seen[self.index], seen, cluster.seen[self.index])
+        np.maximum(cluster.proxied[self.index], proxied, cluster.proxied[self.index])
+
+    @property
+    def seen(self) -> np.ndarray:
+        return self.cluster.seen[self.index]
+
+    @property
+    def proxied(self) -> np.ndarray:
+        return self.cluster.proxied[self.index]
+
+
+class Warpgroup:
+    """Four consecutive warps, which issue wgmma together."""
+
+    def __init__(self, cta: Cta, warps: list[Warp], agent: int):
+        from .wgmma import WarpgroupQueue
+
+        self.cta, self.warps, self.agent = cta, warps, agent
+        self.unit: Unit | None = None
+        self.queue: WarpgroupQueue = WarpgroupQueue(self)
+
+
+class Cta:
+    """A CTA: registers of all its threads, shared and local memory, barriers."""
+
+    def __init__(self, cluster: Cluster, rank: int, block_index: tuple[int, int, int]):
+        launch, program = cluster.launch, cluster.program
+        self.cluster, self.rank, self.block_index = cluster, rank, block_index
+        grid = launch.grid
+        self.linear = block_index[0] + grid[0] * (block_index[1] + grid[1] * block_index[2])
+        self.threads = launch.threads
+        self.files = {
+            name: launch.policy.registers((program.counts[name] + 1, self.threads), dtype)
+            for name, dtype in FILES.items()
+        }
+        self.symbols: dict[str, int] = dict(launch.symbols)
+        end = _place_shared(program, self.symbols, launch.dynamic_smem)
+        local_bytes = _place_local(program, self.symbols)
+        self.local = np.full((self.threads, local_bytes), 0xFF, np.uint8)
+        granule = 1 if program.narrow_shared else 4
+        self.shared = SharedMemory(cluster, rank, end, granule)
+        self.mbarriers: dict[int, MBarrier] = {}
+        self.named_barriers: dict[int, NamedBarrier] = {}
+        self.special_registers = self._special_registers(end)
+        self.exited = False
+        self.synchronized = False  # has acquired from other CTAs: global races are not judged
+        warps = self.threads // 32
+        self.warps = [Warp(self, i, rank * warps + i) for i in range(warps)]
+        first = cluster.first_wgmma + rank * -(-warps // 4)
+        self.warpgroups = [
+            Warpgroup(self, self.warps[i : i + 4], first + i // 4) for i in range(0, warps, 4)
+        ]
+        per_thread = launch.registers_per_thread
+        self.free_registers = REGISTER_FILE - per_thread * self.threads
+        for warp in self.warps:
+            warp.registers = per_thread
+        self.register_waiters: list[Warp] = []
+
+    @property
+    def name(self) -> str:
+        return f"cta{self.rank} (block {self.block_index})"
+
+    def group_of(self, warp: Warp) -> Warpgroup:
+        return self.warpgroups[warp.number // 4]
+
+    def _special_registers(self, end: int) -> dict[str, Any]:
+        launch, cluster = self.cluster.launch, self.cluster
+        tid = np.arange(self.threads, dtype=np.uint32)
+        bx, by, _ = launch.block
+        lane = tid % 32
+        bit = np.uint32(1) << lane
+        result: dict[str, Any] = {
+            "tid.x": tid % bx,
+            "tid.y": tid // bx % by,
+            "tid.z": tid // bx // by,
+            "laneid": lane,
+            "warpid": tid // 32,
+            "nwarpid": self.threads // 32,
+            "lanemask_eq": bit,
+            "lanemask_lt": bit - np.uint32(1),
+            "lanemask_le": bit | (bit - np.uint32(1)),
+            "lanemask_gt": ~(bit | (bit - np.uint32(1))),
+            "lanemask_ge": ~(bit - np.uint32(1)),
+            "cluster_ctarank": self.rank,
+            "cluster_nctarank": cluster.size,
+            "is_explicit_cluster": 1,
+            "smid": self.linear % 132,
+            "nsmid": 132,
+            "gridid": 1,
+            "dynamic_smem_size": launch.dynamic_smem,
+            "total_smem_size": end,
+        }
+        for axis, name in enumerate("xyz"):
+            result[f"ntid.{name}"] = launch.block[axis]
+            result[f"ctaid.{name}"] = self.block_index[axis]
+            result[f"nctaid.{name}"] = launch.grid[axis]
+            result[f"cluster_nctaid.{name}"] = launch.cluster[axis]
+            result[f"cluster_ctaid.{name}"] = self.block_index[axis] % launch.cluster[axis]
+            result[f"clusterid.{name}"] = self.block_index[axis] // launch.cluster[axis]
+            result[f"nclusterid.{name}"] = launch.grid[axis] // launch.cluster[axis]
+        return result
+
+    def views(self, low: int, high: int) -> list[np.ndarray]:
+        """The slots of threads [low, high): see program.py."""
+        program, out = self.cluster.program, []
+        for name, view in program.slot_list:
+            if name.startswith("%symbol:"):
+                symbol = name[8:]
+                value = self.symbols[symbol]
+                if program.variables[symbol].space == "shared":
+                    value |= self.rank << RANK_SHIFT
+                out.append(np.full(high - low, value, DTYPES[view]))
+            elif name.startswith("%special:"):
+                key = name[9:]
+                if key not in self.special_registers:
+                    raise LaunchError(f"special register %{key} is not known")
+                value = np.broadcast_to(self.special_registers[key], (self.threads,))
+                out.append(value[low:high].astype(DTYPES[view]))
+            else:
+                file, row = program.registers[name]
+                out.append(_interpret(self.files[file][row, low:high], view))
+        return out
+
+
+def _interpret(row: np.ndarray, view: str) -> np.ndarray:
+    """A register row in one of its interpretations, as a view."""
+    if view == "pred":
+        return row
+    if view.startswith("part"):
+        bits, _, part = view[4:].partition(":")
+        return row.view(UNSIGNED[int(bits) // 8]).reshape(len(row), -1)[:, int(part)]
+    if view.startswith("low:"):
+        kind = view[4:]
+        dtype = np.dtype(DTYPES[kind]) if BYTES[kind] > 1 else np.dtype(np.uint16)
+        return row.view(dtype).reshape(len(row), -1)[:, 0]
+    dtype = DTYPES[view] if BYTES[view] > 1 else np.uint16
+    return row.view(dtype)
+
+
+def _place_shared(program: Program, symbols: dict[str, int], dynamic: int) -> int:
+    """Gives every shared variable an offset; dynamic shared memory comes last."""
+    offset, external = FIRST, []
+    for variable in program.variables.values():
+        if variable.space != "shared":
+            continue
+        if variable.external or not variable.size:
+            external.append(variable)
+            continue
+        offset = -(-offset // variable.align) * variable.align
+        symbols[variable.name] = offset
+        offset += variable.size
+    for variable in external:
+        offset = -(-offset // variable.align) * variable.align
+        symbols[variable.name] = offset
+    end = offset + dynamic
+    if end - FIRST > MAX_BYTES:
+        raise LaunchError(f"{end - FIRST} bytes of shared memory exceed {MAX_BYTES}")
+    return end
+
+
+def _place_local(program: Program, symbols: dict[str, int]) -> int:
+    offset = 0
+    for variable in program.variables.values():
+        if variable.space != "local":
+            continue
+        offset = -(-offset // variable.align) * variable.align
+        symbols[variable.name] = offset
+        offset += variable.size
+    return max(16, -(-offset // 16) * 16)
+
+
+class Cluster:
+    """A cluster of CTAs, its agents and their vector clocks.
+
+    Agents, in the order of their numbers: the warps; one for the wgmma of each warpgroup; one for
+    the bulk stores of each warp (these three read shared memory); one for the cp.async of each
+    warp; one for each mbarrier (the copies that complete on it); "nobody yet" and "an mbarrier
+    object". The clock of a warp counts its releases; of wgmma and bulk stores, their groups; of an
+    mbarrier, its phases.
+    """
+
+    def __init__(self, launch: Launch, blocks: list[tuple[int, int, int]]):
+        from .barriers import ClusterBarrier
+
+        self.launch, self.program, self.memory = launch, launch.program, launch.memory
+        self.policy, self.check_races = launch.policy, launch.check_races
+        self.random: random.Random = launch.policy.random
+        self.report = launch.report
+        self.size = len(blocks)
+        self.warps_per_cta = launch.threads // 32
+        groups = -(-self.warps_per_cta // 4)
+        warps = self.size * self.warps_per_cta
+        self.first_wgmma = warps
+        self.first_bulk = warps + groups * self.size
+        self.readers = self.first_bulk + warps
+        self.first_copy = self.readers
+        self.first_mbarrier = self.first_copy + warps
+        self.uninitialized = self.first_mbarrier + _MBARRIERS_PER_CTA * self.size
+        self.barrier_object = self.uninitialized + 1
+        self.agents = self.barrier_object + 1
+        self._mbarrier_count = 0
+        self._mbarrier_names: dict[int, str] = {}
+        self.seen = np.zeros((warps, self.agents), np.int32)
+        self.proxied = np.zeros((warps, self.agents), np.int32)
+        self.seen[np.arange(warps), np.arange(warps)] = 1
+        self.at = 0  # index of the instruction being executed
+        self.steps = 0
+        self.progress = 0  # counts events that may unblock a warp
+        self.loads: list[Callable[[], None]] = []  # asynchronous copies into shared memory
+        self.map_versions: dict[int, list] = {}  # tensor maps edited in global memory
+        self.barrier: ClusterBarrier = ClusterBarrier(self)
+        self.ctas = [Cta(self, rank, block) for rank, block in enumerate(blocks)]
+        self.warps = [warp for cta in self.ctas for warp in cta.warps]
+
+    def new_mbarrier_agent(self, name: str) -> int:
+        agent = self.first_mbarrier + self._mbarrier_count
+        if agent >= self.uninitialized:
+            raise LaunchError(f"more than {_MBARRIERS_PER_CTA} mbarriers in a CTA")
+        self._mbarrier_count += 1
+        self._mbarrier_names[agent] = name
+        return agent
+
+    def agent(self, number: int) -> str:
+        """An agent's name, for messages."""
+        if number < self.first_wgmma:
+            return f"cta{number // self.warps_per_cta} warp{number % self.warps_per_cta}"
+        if number < self.first_bulk:
+            groups = -(-self.warps_per_cta // 4)
+            number -= self.first_wgmma
+            return f"wgmma of cta{number // groups} warpgroup{number % groups}"
+        if number < self.readers:
+            return f"bulk store of {self.agent(number - self.first_bulk)}"
+        if number < self.first_mbarrier:
+            return f"cp.async of {self.agent(number - self.first_copy)}"
+        return f"asynchronous copy on {self._mbarrier_names.get(number, '?')}"
+
+    def site(self, at: int) -> str:
+        """An instruction, for messages. Atomics are kept as -1 - index."""
+        instruction = self.program.instructions[at if at >= 0 else -1 - at]
+        return f"PTX line {instruction.line}: {instruction.text}"
+
+    def fault(
+        self,
+        kind: type[EmulatorError],
+        message: str,
+        *,
+        actor: str | None = None,
+        other: str | None = None,
+        offset: int | None = None,
+        at: int | None = None,
+    ):
+        """Raises an error at the instruction being executed (or at instruction `at`)."""
+        index = self.at if at is None else at
+        if index < len(self.program.instructions):
+            instruction = self.program.instructions[index]
+            raise kind(
+                message,
+                line=instruction.line,
+                instruction=instruction.text,
+                source=instruction.source,
+                actor=actor,
+                other=other,
+                offset=offset,
+            )
+        raise kind(message, actor=actor, other=other, offset=offset)

@@ -1,0 +1,280 @@
+"""Shared memory of a CTA, and the happens-before check of every access to it.
+
+For each granule of shared memory (four bytes, or one byte in kernels that access less than four)
+the shadow holds the last writer, its clock at the write, and for each reader its clock at its last
+read. An access is a race unless the clocks that it must come after are in the vector clock of the
+warp that makes it (Flanagan and Freund, "FastTrack", 2009, with full read vectors). One run of one
+schedule is enough: the order that counts is the order that synchronisation enforces.
+
+Generic and asynchronous proxy (PTX ISA 8.6 and 9.7.13.4): a write through the generic proxy is
+visible to the asynchronous proxy only after a proxy fence. Each warp therefore has two vector
+clocks, `seen` (ordered before me) and `proxied` (ordered before me and visible to the asynchronous
+proxy); `fence.proxy.async` raises the second to the first.
+
+Shared memory starts poisoned (all ones: NaN in every float type), and so is the target of an
+asynchronous copy until the copy completes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .errors import BarrierMisuse, MissingFence, OutOfBounds, Race, UninitializedRead
+
+if TYPE_CHECKING:
+    from .machine import Cluster, Warp
+
+FIRST = 0x400  # the first KiB of shared memory belongs to the system
+MAX_BYTES = 227 * 1024
+_NEVER = 1 << 30  # a clock that nobody reaches
+POISON = 0xFF
+
+
+class SharedMemory:
+    """The bytes of one CTA's shared memory, offsets [FIRST, end), and their shadow."""
+
+    def __init__(self, cluster: Cluster, rank: int, end: int, granule: int):
+        self.cluster, self.rank, self.end, self.granule = cluster, rank, end, granule
+        size = -(-end // 1024) * 1024
+        self.bytes = np.full(size, POISON, np.uint8)
+        self.chunks = self.bytes.reshape(-1, 16)
+        self.views = {n: self.bytes.view(f"u{n}") for n in (1, 2, 4, 8)}
+        self.top = FIRST  # one past the highest byte touched
+        self.checked = cluster.check_races
+        if self.checked:
+            count = size // granule
+            self.writer = np.full(count, cluster.uninitialized, np.int16)
+            self.written = np.full(count, _NEVER, np.int32)
+            self.site = np.zeros(count, np.int32)  # instruction of the last write
+            self.reads = np.zeros((count, cluster.readers), np.int32)
+
+    # --- bounds ---
+
+    def bounds(self, offsets: np.ndarray, nbytes: int):
+        """Checks byte offsets of accesses of `nbytes` each."""
+        low, high = int(offsets.min()), int(offsets.max()) + nbytes
+        if low < FIRST or high > self.end:
+            self.cluster.fault(
+                OutOfBounds,
+                f"shared memory offset {(low if low < FIRST else high - nbytes):#x} (+{nbytes} "
+                f"bytes) is outside of [{FIRST:#x}, {self.end:#x}) of cta{self.rank}",
+                offset=low if low < FIRST else high - nbytes,
+            )
+        if high > self.top:
+            self.top = high
+
+    def span(self, offset: int, nbytes: int) -> slice:
+        """Checks the bytes [offset, offset + nbytes), and gives their granules."""
+        if offset < FIRST or offset + nbytes > self.end:
+            self.cluster.fault(
+                OutOfBounds,
+                f"shared memory [{offset:#x}, +{nbytes}) is outside of [{FIRST:#x}, "
+                f"{self.end:#x}) of cta{self.rank}",
+                offset=offset,
+            )
+        self.top = max(self.top, offset + nbytes)
+        return slice(offset // self.granule, -(-(offset + nbytes) // self.granule))
+
+    def granules(self, offsets: np.ndarray, nbytes: int) -> np.ndarray:
+        """Granules of accesses of `nbytes` at each offset, flat, access by access."""
+        first = offsets // self.granule
+        if nbytes <= self.granule:
+            return first
+        return (first[:, None] + np.arange(nbytes // self.granule)).reshape(-1)
+
+    # --- generic proxy ---
+
+    def read(self, who, granules):
+        """Generic reads: `who` is a warp's index, or one for each granule."""
+        if not self.checked:
+            return
+        seen = self.cluster.seen
+        ok = seen[who, self.writer[granules]] >= self.written[granules]
+        if not ok.all():
+            self._unordered(who, granules, ok, "read")
+        self.reads[granules, who] = seen[who, who]
+
+    def write(self, who, granules):
+        """Generic writes."""
+        if not self.checked:
+            return
+        cluster = self.cluster
+        writer = self.writer[granules]
+        seen = cluster.seen
+        ok = (seen[who, writer] >= self.written[granules]) | (writer == cluster.uninitialized)
+        if not ok.all():
+            self._unordered(who, granules, ok, "write")
+        several = isinstance(who, np.ndarray)
+        limit = seen[who, : cluster.readers]
+        if not (self.reads[granules] <= limit).all():
+            self._still_read(who, granules, limit)
+        self.writer[granules] = who
+        self.written[granules] = seen[who, who]
+        self.site[granules] = cluster.at
+        if several and (self.writer[granules] != who).any():
+            bad = np.flatnonzero(self.writer[granules] != who)[0]
+            cluster.fault(
+                Race,
+                "two warps write the same shared memory with nothing between them to order them",
+                actor=cluster.agent(int(who[bad])),
+                other=cluster.agent(int(self.writer[granules[bad]])),
+                offset=int(granules[bad]) * self.granule,
+            )
+
+    def atomic(self, who, granules):
+        """Atomic read-modify-write: unordered against other atomics, ordered against the rest.
+
+        Recorded as a write, and as a read, so that later plain writes must be ordered after every
+        warp's atomics.
+        """
+        if not self.checked:
+            return
+        seen = self.cluster.seen
+        atomic = self.site[granules] < 0  # the last write was atomic
+        ok = (seen[who, self.writer[granules]] >= self.written[granules]) | atomic
+        if not ok.all():
+            self._unordered(who, granules, ok, "atomic access")
+        limit = np.array(seen[who, : self.cluster.readers])
+        if not atomic.all() and not (self.reads[granules] <= limit).all():
+            self._still_read(who, granules, limit)
+        self.writer[granules] = who
+        self.written[granules] = seen[who, who]
+        self.site[granules] = -1 - self.cluster.at
+        self.reads[granules, who] = seen[who, who]
+
+    # --- asynchronous proxy ---
+
+    def async_read(self, warp: Warp, granules, agent: int, clock: int, what: str):
+        """A read by wgmma or by a bulk store that `warp` issues, as `agent` at `clock`."""
+        if not self.checked:
+            return
+        who = warp.index
+        writer, written = self.writer[granules], self.written[granules]
+        ok = self.cluster.proxied[who, writer] >= written
+        if not ok.all():
+            ordered = self.cluster.seen[who, writer] >= written
+            if not ordered.all():
+                self._unordered(who, granules, ordered, what)
+            self._no_fence(warp, granules, ok, f"{what} reads")
+        column = self.reads[granules, agent]
+        self.reads[granules, agent] = np.maximum(column, clock)
+
+    def async_write(self, warp: Warp, granules, agent: int, clock: int, what: str):
+        """A write by the copy engine that `warp` issues."""
+        if not self.checked:
+            return
+        who, cluster = warp.index, self.cluster
+        writer, written = self.writer[granules], self.written[granules]
+        fresh = writer == cluster.uninitialized
+        ok = (cluster.proxied[who, writer] >= written) | fresh
+        if not ok.all():
+            ordered = (cluster.seen[who, writer] >= written) | fresh
+            if not ordered.all():
+                self._unordered(who, granules, ordered, what)
+            self._no_fence(warp, granules, ok, f"{what} overwrites")
+        self._record_async(who, granules, agent, clock)
+
+    def generic_async_write(self, warp: Warp, granules, agent: int, clock: int):
+        """A write by non-bulk cp.async: asynchronous, but through the generic proxy."""
+        if not self.checked:
+            return
+        who, cluster = warp.index, self.cluster
+        writer = self.writer[granules]
+        ok = cluster.seen[who, writer] >= self.written[granules]
+        ok |= writer == cluster.uninitialized
+        if not ok.all():
+            self._unordered(who, granules, ok, "cp.async")
+        self._record_async(who, granules, agent, clock)
+
+    def _record_async(self, who: int, granules, agent: int, clock: int):
+        limit = self.cluster.seen[who, : self.cluster.readers]
+        if not (self.reads[granules] <= limit).all():
+            self._still_read(who, granules, limit)
+        self.writer[granules] = agent
+        self.written[granules] = clock
+        self.site[granules] = self.cluster.at
+
+    # --- mbarrier objects ---
+
+    def hold_barrier(self, warp: Warp, offset: int):
+        """An mbarrier object lives here now: any ordinary access is an error."""
+        granules = self.span(offset, 8)
+        if self.checked:
+            self.write(warp.index, np.arange(granules.start, granules.stop))
+            self.writer[granules] = self.cluster.barrier_object
+            self.written[granules] = _NEVER
+
+    def release_barrier(self, warp: Warp, offset: int):
+        granules = self.span(offset, 8)
+        if self.checked:
+            self.writer[granules] = warp.index
+            self.written[granules] = self.cluster.seen[warp.index, warp.index]
+            self.site[granules] = self.cluster.at
+
+    # --- faults ---
+
+    def _first(self, granules, bad: np.ndarray) -> tuple[int, int]:
+        """(position, granule) of the first bad access."""
+        if isinstance(granules, slice):
+            granules = np.arange(granules.start, granules.stop)
+        position = int(np.flatnonzero(bad)[0])
+        return position, int(granules.reshape(-1)[position])
+
+    def _unordered(self, who, granules, ok, what: str):
+        cluster = self.cluster
+        position, granule = self._first(granules, ~ok)
+        actor = int(who[position]) if isinstance(who, np.ndarray) else int(who)
+        writer = int(self.writer[granule])
+        offset = granule * self.granule
+        place = f"shared memory offset {offset:#x} of cta{self.rank}"
+        count = int((~ok).sum()) * self.granule
+        if writer == cluster.uninitialized:
+            cluster.fault(
+                UninitializedRead,
+                f"{what} of {place} ({count} bytes), which nothing has written",
+                actor=cluster.agent(actor),
+                offset=offset,
+            )
+        if writer == cluster.barrier_object:
+            cluster.fault(
+                BarrierMisuse,
+                f"{what} of {place}, where an mbarrier object lives",
+                actor=cluster.agent(actor),
+                offset=offset,
+            )
+        cluster.fault(
+            Race,
+            f"{what} of {place} ({count} bytes) is not ordered after a write",
+            actor=cluster.agent(actor),
+            other=f"{cluster.agent(writer)}, {cluster.site(int(self.site[granule]))}",
+            offset=offset,
+        )
+
+    def _still_read(self, who, granules, limit):
+        bad = self.reads[granules] > limit
+        position, granule = self._first(granules, bad.any(axis=1))
+        reader = int(np.flatnonzero(bad[position])[0])
+        actor = int(who[position]) if isinstance(who, np.ndarray) else int(who)
+        offset = granule * self.granule
+        self.cluster.fault(
+            Race,
+            f"write to shared memory offset {offset:#x} of cta{self.rank}, which another party "
+            "may still be reading",
+            actor=self.cluster.agent(actor),
+            other=self.cluster.agent(reader),
+            offset=offset,
+        )
+
+    def _no_fence(self, warp: Warp, granules, ok, what: str):
+        _, granule = self._first(granules, ~ok)
+        self.cluster.fault(
+            MissingFence,
+            f"{what} shared memory offset {granule * self.granule:#x} of cta{self.rank}, written "
+            "through the generic proxy without a fence.proxy.async",
+            actor=warp.name,
+            other=f"{self.cluster.agent(int(self.writer[granule]))}, "
+            f"{self.cluster.site(int(self.site[granule]))}",
+            offset=granule * self.granule,
+        )

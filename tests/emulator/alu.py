@@ -223,10 +223,15 @@ def canonical(x, where=None):
         x[bad] = CANONICAL_NAN if x.dtype == f32 else np.nan
 
 
+_SMALLEST = f32(2.0**-126)
+
+
 def flush(x):
     """.ftz: subnormals become zero of the same sign."""
-    tiny = np.abs(x) < f32(2.0**-126)
-    return np.where(tiny, np.copysign(f32(0), x), x)
+    size = np.abs(x)
+    if size.min() >= _SMALLEST:
+        return x
+    return np.where(size < _SMALLEST, np.copysign(f32(0), x), x)
 
 
 _TIE_MASK, _TIE = u64(0x1FFFFFFF), u64(0x10000000)
@@ -421,12 +426,28 @@ _FP8 = {
 FP8_VALUES = {k: np.arange(256, dtype=u8).view(t).astype(f64) for k, (t, _) in _FP8.items()}
 
 
+# Bits of the fraction, the smallest normal number, and the largest finite one.
+_FP8_FORMAT = {"e4m3": (3, 2.0**-6, 448.0), "e5m2": (2, 2.0**-14, 57344.0)}
+
+
 def to_fp8(x, kind):
     """cvt.rn.satfinite.{e4m3,e5m2}: saturates at the largest finite value; NaN becomes 0x7f."""
-    dtype, largest = _FP8[kind]
-    nan = np.isnan(x)
-    clipped = np.clip(np.where(nan, f32(0), x), -largest, largest).astype(f32)
-    return np.where(nan, u8(0x7F), clipped.astype(dtype).view(u8))
+    fraction, normal, largest = _FP8_FORMAT[kind]
+    drop = 23 - fraction
+    bits = np.ascontiguousarray(x, f32).view(u32)
+    size = bits & u32(0x7FFFFFFF)
+    nan = size > u32(0x7F800000)
+    size = np.minimum(size, f32(largest).view(u32))
+    # Round to nearest even in the integer: a carry out of the fraction moves the exponent.
+    rounded = (size + u32((1 << (drop - 1)) - 1) + ((size >> u32(drop)) & u32(1))) >> u32(drop)
+    exponent = (int(f32(normal).view(u32)) >> 23) - 1
+    code = rounded - u32(exponent << fraction)
+    small = size < f32(normal).view(u32)
+    if small.any():
+        steps = np.rint(size.view(f32) * f32(2.0**fraction / normal)).astype(u32)
+        code = np.where(small, steps, code)
+    code = code | (bits >> u32(24) & u32(0x80))
+    return np.where(nan, u32(0x7F), code).astype(u8)
 
 
 def pack_fp8(kind, high, low):

@@ -363,7 +363,9 @@ class BulkStoreInstruction(_Transfer):
             )
         span = cta.shared.span(offset, nbytes)
         agent = cluster.first_bulk + warp.index
-        cta.shared.async_read(warp, span, agent, warp.bulk_committed + 1, "a bulk store")
+        cta.shared.async_read(
+            warp.name, warp.seen, warp.proxied, span, agent, warp.bulk_committed + 1, "a bulk store"
+        )
         store = BulkStore(cta, swizzled_chunks(offset, nbytes, swizzle), put, cluster.at)
         if cluster.policy.completes_at_issue("store"):
             store.read()

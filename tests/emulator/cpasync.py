@@ -98,8 +98,6 @@ class CopyAsync(Special):
             if operands.program.kernel.registers.get(text) == "pred":
                 raise UnknownInstruction("cp.async with an ignore-src predicate")
             self.source_size = operands.value(text, "u32")
-        if self.size < 4:
-            operands.program.narrow_shared = True
 
     def execute(self, issue: Issue) -> bool:
         cluster, warp, cta, size = issue.cluster, issue.warp, issue.cta, self.size

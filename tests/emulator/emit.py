@@ -851,8 +851,8 @@ def _vector(o: Operands) -> int:
 
 
 def _note_width(o: Operands, space: str, bytes_: int):
-    if bytes_ < 4 and (space.startswith("shared") or space == "generic"):
-        o.program.narrow_shared = True
+    if space.startswith("shared") or space == "generic":
+        o.program.granule = min(o.program.granule, bytes_)
 
 
 @_emits("ld", "ldu")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import EmulatorError, LaunchError
-from .program import BYTES, DTYPES, FILES, RANK_SHIFT, UNSIGNED, Program
+from .program import Program
 from .shared import FIRST, MAX_BYTES, SharedMemory
 
 if TYPE_CHECKING:
@@ -111,19 +111,17 @@ class Cta:
         grid = launch.grid
         self.linear = block_index[0] + grid[0] * (block_index[1] + grid[1] * block_index[2])
         self.threads = launch.threads
-        self.files = {
-            name: launch.policy.registers((program.counts[name] + 1, self.threads), dtype)
-            for name, dtype in FILES.items()
-        }
         self.symbols: dict[str, int] = dict(launch.symbols)
         end = _place_shared(program, self.symbols, launch.dynamic_smem)
         local_bytes = _place_local(program, self.symbols)
         self.local = np.full((self.threads, local_bytes), 0xFF, np.uint8)
-        granule = 1 if program.narrow_shared else 4
-        self.shared = SharedMemory(cluster, rank, end, granule)
+        self.shared = SharedMemory(cluster, rank, end, program.granule)
         self.mbarriers: dict[int, MBarrier] = {}
         self.named_barriers: dict[int, NamedBarrier] = {}
-        self.special_registers = self._special_registers(end)
+        self.unit: Unit | None = None
+        self._special = self._special_registers(end)
+        self.registers = program.take_registers(self.threads)
+        self.registers.reset(self)
         self.exited = False
         self.synchronized = False  # has acquired from other CTAs: global races are not judged
         warps = self.threads // 32
@@ -144,6 +142,12 @@ class Cta:
 
     def group_of(self, warp: Warp) -> Warpgroup:
         return self.warpgroups[warp.number // 4]
+
+    def special_register(self, name: str) -> Any:
+        """The value of a special register: a number, or one for each thread."""
+        if name not in self._special:
+            raise LaunchError(f"special register %{name} is not known")
+        return self._special[name]
 
     def _special_registers(self, end: int) -> dict[str, Any]:
         launch, cluster = self.cluster.launch, self.cluster
@@ -181,42 +185,6 @@ class Cta:
             result[f"clusterid.{name}"] = self.block_index[axis] // launch.cluster[axis]
             result[f"nclusterid.{name}"] = launch.grid[axis] // launch.cluster[axis]
         return result
-
-    def views(self, low: int, high: int) -> list[np.ndarray]:
-        """The slots of threads [low, high): see program.py."""
-        program, out = self.cluster.program, []
-        for name, view in program.slot_list:
-            if name.startswith("%symbol:"):
-                symbol = name[8:]
-                value = self.symbols[symbol]
-                if program.variables[symbol].space == "shared":
-                    value |= self.rank << RANK_SHIFT
-                out.append(np.full(high - low, value, DTYPES[view]))
-            elif name.startswith("%special:"):
-                key = name[9:]
-                if key not in self.special_registers:
-                    raise LaunchError(f"special register %{key} is not known")
-                value = np.broadcast_to(self.special_registers[key], (self.threads,))
-                out.append(value[low:high].astype(DTYPES[view]))
-            else:
-                file, row = program.registers[name]
-                out.append(_interpret(self.files[file][row, low:high], view))
-        return out
-
-
-def _interpret(row: np.ndarray, view: str) -> np.ndarray:
-    """A register row in one of its interpretations, as a view."""
-    if view == "pred":
-        return row
-    if view.startswith("part"):
-        bits, _, part = view[4:].partition(":")
-        return row.view(UNSIGNED[int(bits) // 8]).reshape(len(row), -1)[:, int(part)]
-    if view.startswith("low:"):
-        kind = view[4:]
-        dtype = np.dtype(DTYPES[kind]) if BYTES[kind] > 1 else np.dtype(np.uint16)
-        return row.view(dtype).reshape(len(row), -1)[:, 0]
-    dtype = DTYPES[view] if BYTES[view] > 1 else np.uint16
-    return row.view(dtype)
 
 
 def _place_shared(program: Program, symbols: dict[str, int], dynamic: int) -> int:

@@ -55,6 +55,68 @@ def register_file(kind: str) -> str:
     return {1: "H", 2: "H", 4: "W", 8: "D"}[BYTES[kind]]
 
 
+class Registers:
+    """The registers of a CTA, and the views of them that its units use.
+
+    Making the views of a large kernel takes milliseconds, so that CTAs and launches reuse them.
+    """
+
+    def __init__(self, program: Program, threads: int):
+        self.program, self.threads = program, threads
+        self.files = {
+            name: np.empty((program.counts[name] + 1, threads), dtype)
+            for name, dtype in FILES.items()
+        }
+        self._views: dict[tuple[int, int], list[np.ndarray]] = {}
+        self._fixed: dict[int, np.ndarray] = {}  # slots of special registers and of symbols
+
+    def reset(self, cta):
+        """Fills the registers for a new CTA."""
+        for file in self.files.values():
+            file[...] = cta.cluster.policy.register_fill(file.dtype)
+        for slot, (name, view) in enumerate(self.program.slot_list):
+            if name.startswith("%symbol:"):
+                symbol = name[8:]
+                value: Any = cta.symbols[symbol]
+                if self.program.variables[symbol].space == "shared":
+                    value |= cta.rank << RANK_SHIFT
+            elif name.startswith("%special:"):
+                value = cta.special_register(name[9:])
+            else:
+                continue
+            if slot not in self._fixed:
+                self._fixed[slot] = np.empty(self.threads, DTYPES[view])
+            self._fixed[slot][...] = value
+
+    def views(self, low: int, high: int) -> list[np.ndarray]:
+        """The slots of threads [low, high)."""
+        key = (low, high)
+        if key not in self._views:
+            registers, files = self.program.registers, self.files
+            self._views[key] = [
+                self._fixed[slot][low:high]
+                if slot in self._fixed
+                else _interpret(files[registers[name][0]][registers[name][1], low:high], view)
+                for slot, (name, view) in enumerate(self.program.slot_list)
+            ]
+        return self._views[key]
+
+
+def _interpret(row: np.ndarray, view: str) -> np.ndarray:
+    """A register row in one of its interpretations, as a view."""
+    if view == "pred":
+        return row
+    if view.startswith("part"):
+        bits, _, part = view[4:].partition(":")
+        return row.view(UNSIGNED[int(bits) // 8]).reshape(len(row), -1)[:, int(part)]
+    if view.startswith("low:"):
+        kind = view[4:]
+        dtype = np.dtype(DTYPES[kind]) if BYTES[kind] > 1 else np.dtype(np.uint16)
+        return row.view(dtype).reshape(len(row), -1)[:, 0]
+    dtype = DTYPES[view] if BYTES[view] > 1 else np.uint16
+    return row.view(dtype)
+
+
 class Node:
     """A piece of a kernel that runs without a scheduling decision.
 
@@ -91,13 +153,14 @@ class Program:
         self.parameters = {p.name: p for p in kernel.parameters}
         self.parameter_bytes = max((p.offset + p.size for p in kernel.parameters), default=0)
         self.variables: dict[str, Variable] = {**kernel.module_variables, **kernel.variables}
-        self.narrow_shared = False  # shared memory accessed in pieces of less than four bytes
+        self.granule = 4  # bytes: the narrowest access to shared memory, at most 4
         # Tensor maps edited in the kernel need fences before use (special.py).
         self.edits_tensor_maps = any(
             i.opcode.startswith(("tensormap.", "fence.proxy.tensormap"))
             for i in kernel.instructions
         )
         self.nodes: list[Node] = []
+        self._pool: dict[int, list[Registers]] = {}
         self.namespace = _namespace(self.constants)
         self._build()
 
@@ -146,6 +209,17 @@ class Program:
         """Registers of a mask, for messages."""
         found = [name for name, bit in self.bits.items() if bit & mask]
         return ", ".join(found[:4]) + (", ..." if len(found) > 4 else "")
+
+    def take_registers(self, threads: int) -> Registers:
+        """Registers for a CTA, from the pool where there are some."""
+        pool = self._pool.setdefault(threads, [])
+        try:
+            return pool.pop()
+        except IndexError:
+            return Registers(self, threads)
+
+    def give_registers(self, registers: Registers):
+        self._pool[registers.threads].append(registers)
 
     # --- construction ---
 

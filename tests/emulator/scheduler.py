@@ -66,13 +66,11 @@ class Policy:
             return self.random.randrange(4)
         return 0
 
-    def registers(self, shape, dtype) -> np.ndarray:
-        """Registers before anything is written to them."""
-        if dtype is np.bool_:
-            fill = 0 if self.fixed else self.random.randrange(2)
-        else:
-            fill = np.iinfo(dtype).max if self.fixed else self.random.getrandbits(16)
-        return np.full(shape, fill, dtype)
+    def register_fill(self, dtype: np.dtype) -> int:
+        """The content of registers before anything is written to them."""
+        if dtype == np.bool_:
+            return 0 if self.fixed else self.random.randrange(2)
+        return int(np.iinfo(dtype).max) if self.fixed else self.random.getrandbits(16)
 
 
 class Scheduler:
@@ -122,6 +120,8 @@ class Scheduler:
                 self._execute(unit, quantum)
             while self._complete_one():
                 pass
+            for cta in cluster.ctas:
+                self.program.give_registers(cta.registers)
         except EmulatorError as error:
             if error.line is None and cluster.at < len(self.program.instructions):
                 raise located(error, self.program.instructions[cluster.at]) from error
@@ -171,23 +171,17 @@ class Scheduler:
         self.cluster.fault(kind, message, actor=live[0].name)
 
     def _unit(self, warp: Warp) -> Unit:
-        """The warp alone, or its warpgroup where all four warps are in step."""
-        group = warp.cta.group_of(warp)
-        if (
-            self.shared_units
-            and len(group.warps) == 4
-            and all(
-                w.node == warp.node
-                and w.blocked is None
-                and not w.done
-                and w.mask is None
-                and not w.stack
-                for w in group.warps
-            )
-        ):
-            if group.unit is None:
-                group.unit = Unit(warp.cta, group.warps)
-            return group.unit
+        """The CTA, or the warpgroup, if all its warps are in step with this one; else the warp."""
+        if self.shared_units:
+            group = warp.cta.group_of(warp)
+            if _in_step(group.warps, warp):
+                if _in_step(warp.cta.warps, warp):
+                    if warp.cta.unit is None:
+                        warp.cta.unit = Unit(warp.cta, warp.cta.warps)
+                    return warp.cta.unit
+                if group.unit is None:
+                    group.unit = Unit(warp.cta, group.warps)
+                return group.unit
         if warp.unit is None:
             warp.unit = Unit(warp.cta, [warp])
         return warp.unit
@@ -396,3 +390,10 @@ class Scheduler:
                 barrier.count = 32 * sum(not w.done for w in cta.warps)
                 barrier.try_release()
         cluster.barrier.try_release()
+
+
+def _in_step(warps: list[Warp], warp: Warp) -> bool:
+    return all(
+        w.node == warp.node and w.blocked is None and not w.done and w.mask is None and not w.stack
+        for w in warps
+    )

@@ -146,20 +146,22 @@ class SharedMemory:
 
     # --- asynchronous proxy ---
 
-    def async_read(self, warp: Warp, granules, agent: int, clock: int, what: str):
-        """A read by wgmma or by a bulk store that `warp` issues, as `agent` at `clock`."""
+    def async_read(self, who: str, seen, proxied, granules, agent: int, clock: int, what: str):
+        """A read by wgmma or by a bulk store, as `agent` at `clock`.
+
+        seen, proxied: the clocks of the warp that issues it (for wgmma, the least of its warps').
+        """
         if not self.checked:
             return
-        who = warp.index
         writer, written = self.writer[granules], self.written[granules]
-        ok = self.cluster.proxied[who, writer] >= written
+        ok = proxied.take(writer) >= written
         if not ok.all():
-            ordered = self.cluster.seen[who, writer] >= written
+            ordered = seen.take(writer) >= written
             if not ordered.all():
                 self._unordered(who, granules, ordered, what)
-            self._no_fence(warp, granules, ok, f"{what} reads")
-        column = self.reads[granules, agent]
-        self.reads[granules, agent] = np.maximum(column, clock)
+            self._no_fence(who, granules, ok, f"{what} reads")
+        column = self.reads[:, agent]
+        column[granules] = np.maximum(column[granules], clock)
 
     def async_write(self, warp: Warp, granules, agent: int, clock: int, what: str):
         """A write by the copy engine that `warp` issues."""
@@ -173,7 +175,7 @@ class SharedMemory:
             ordered = (cluster.seen[who, writer] >= written) | fresh
             if not ordered.all():
                 self._unordered(who, granules, ordered, what)
-            self._no_fence(warp, granules, ok, f"{what} overwrites")
+            self._no_fence(warp.name, granules, ok, f"{what} overwrites")
         self._record_async(who, granules, agent, clock)
 
     def generic_async_write(self, warp: Warp, granules, agent: int, clock: int):
@@ -222,10 +224,15 @@ class SharedMemory:
         position = int(np.flatnonzero(bad)[0])
         return position, int(granules.reshape(-1)[position])
 
+    def _actor(self, who, position: int) -> str:
+        if isinstance(who, str):
+            return who
+        return self.cluster.agent(int(who[position] if isinstance(who, np.ndarray) else who))
+
     def _unordered(self, who, granules, ok, what: str):
         cluster = self.cluster
         position, granule = self._first(granules, ~ok)
-        actor = int(who[position]) if isinstance(who, np.ndarray) else int(who)
+        actor = self._actor(who, position)
         writer = int(self.writer[granule])
         offset = granule * self.granule
         place = f"shared memory offset {offset:#x} of cta{self.rank}"
@@ -234,20 +241,20 @@ class SharedMemory:
             cluster.fault(
                 UninitializedRead,
                 f"{what} of {place} ({count} bytes), which nothing has written",
-                actor=cluster.agent(actor),
+                actor=actor,
                 offset=offset,
             )
         if writer == cluster.barrier_object:
             cluster.fault(
                 BarrierMisuse,
                 f"{what} of {place}, where an mbarrier object lives",
-                actor=cluster.agent(actor),
+                actor=actor,
                 offset=offset,
             )
         cluster.fault(
             Race,
             f"{what} of {place} ({count} bytes) is not ordered after a write",
-            actor=cluster.agent(actor),
+            actor=actor,
             other=f"{cluster.agent(writer)}, {cluster.site(int(self.site[granule]))}",
             offset=offset,
         )
@@ -256,24 +263,24 @@ class SharedMemory:
         bad = self.reads[granules] > limit
         position, granule = self._first(granules, bad.any(axis=1))
         reader = int(np.flatnonzero(bad[position])[0])
-        actor = int(who[position]) if isinstance(who, np.ndarray) else int(who)
+        actor = self._actor(who, position)
         offset = granule * self.granule
         self.cluster.fault(
             Race,
             f"write to shared memory offset {offset:#x} of cta{self.rank}, which another party "
             "may still be reading",
-            actor=self.cluster.agent(actor),
+            actor=actor,
             other=self.cluster.agent(reader),
             offset=offset,
         )
 
-    def _no_fence(self, warp: Warp, granules, ok, what: str):
+    def _no_fence(self, who: str, granules, ok, what: str):
         _, granule = self._first(granules, ~ok)
         self.cluster.fault(
             MissingFence,
             f"{what} shared memory offset {granule * self.granule:#x} of cta{self.rank}, written "
             "through the generic proxy without a fence.proxy.async",
-            actor=warp.name,
+            actor=who,
             other=f"{self.cluster.agent(int(self.writer[granule]))}, "
             f"{self.cluster.site(int(self.site[granule]))}",
             offset=granule * self.granule,

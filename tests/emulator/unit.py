@@ -1,7 +1,7 @@
-"""What executes together: a warp, or the four warps of a warpgroup in step.
+"""What executes together: a warp, or the warps of a warpgroup or of a CTA in step.
 
-Warps of a warpgroup that are all at the same node, with all lanes running, execute it as one unit
-of 128 lanes. Nothing depends on it but speed. A unit offers generated code its views of the
+Warps that are all at the same node, with all lanes running, execute it as one unit of many lanes.
+Nothing depends on it but speed. A unit offers generated code its views of the
 registers, the warp-wide instructions and the loads and stores.
 """
 
@@ -21,13 +21,13 @@ _SPACE_OF_WINDOW = {0: "global", 1: "shared::cluster", 2: "local", 3: "param"}
 
 
 class Unit:
-    """One warp, or four warps in step."""
+    """One warp, or several in step."""
 
     def __init__(self, cta: Cta, warps: list[Warp]):
         self.cta, self.warps, self.cluster = cta, warps, cta.cluster
         self.low, self.high = warps[0].low, warps[-1].high
         self.size = self.high - self.low
-        self.views = cta.views(self.low, self.high)
+        self.views = cta.registers.views(self.low, self.high)
         self.lane = np.tile(_LANES.astype(np.int64), len(warps))
         # The warp of each lane, as an index into the clocks.
         self.who = np.repeat([w.index for w in warps], 32)
@@ -44,11 +44,17 @@ class Unit:
     def name(self) -> str:
         return self.warps[0].name
 
+    def _wide(self, values: np.ndarray) -> np.ndarray:
+        """One value a lane, from one a lane or one for all."""
+        if values.size == self.size:
+            return values
+        return np.broadcast_to(values, (self.size,))
+
     def active(self, mask: np.ndarray | None) -> np.ndarray:
         """Executing lanes, a row for each warp."""
         if mask is None:
             return np.ones((len(self.warps), 32), bool)
-        return np.broadcast_to(mask, (self.size,)).reshape(-1, 32)
+        return self._wide(mask).reshape(-1, 32)
 
     def clock(self) -> np.ndarray:
         self.cluster.steps += 1
@@ -61,7 +67,7 @@ class Unit:
         active = self.active(mask)
         if mask is None and members.size == 1 and members[0] == 0xFFFFFFFF:
             return active
-        named = np.broadcast_to(members, (self.size,)).reshape(-1, 32)
+        named = self._wide(members).reshape(-1, 32)
         for i, warp in enumerate(self.warps):
             if not active[i].any():
                 continue
@@ -97,7 +103,7 @@ class Unit:
     def shfl(self, mode, target, ok, source, b, c, members, mask):
         """shfl.sync (PTX ISA 9.7.9.6): c holds the segment mask and the clamp."""
         self._agree(members, mask, "shfl.sync")
-        source = np.broadcast_to(source, (self.size,))
+        source = self._wide(source)
         b, c = b.astype(np.int64) & 31, c.astype(np.int64)
         segment, clamp = (c >> 8) & 31, c & 31
         highest = (self.lane & segment) | (clamp & ~segment)
@@ -113,7 +119,7 @@ class Unit:
         else:
             lane = (self.lane & segment) | (b & ~segment)
             inside = lane <= highest
-        inside = np.broadcast_to(inside, (self.size,))
+        inside = self._wide(inside)
         lane = np.where(inside, lane, self.lane) + np.arange(self.size) // 32 * 32
         where = True if mask is None else mask
         if mask is not None and (~mask[lane] & mask).any():
@@ -126,7 +132,7 @@ class Unit:
 
     def vote(self, mode, target, predicate, members, mask):
         active = self._agree(members, mask, "vote.sync")
-        given = np.broadcast_to(predicate, (self.size,)).reshape(-1, 32)
+        given = self._wide(predicate).reshape(-1, 32)
         if mode == "any":
             result = (given & active).any(axis=1)
         elif mode == "all":
@@ -143,14 +149,14 @@ class Unit:
 
     def match_any(self, target, value, members, mask):
         active = self._agree(members, mask, "match.sync")
-        rows = np.broadcast_to(value, (self.size,)).reshape(-1, 32)
+        rows = self._wide(value).reshape(-1, 32)
         same = (rows[:, :, None] == rows[:, None, :]) & active[:, None, :]
         result = _pack(same.reshape(-1, 32))
         np.copyto(target, result, where=True if mask is None else mask)
 
     def redux(self, operation, target, value, members, mask):
         active = self._agree(members, mask, "redux.sync")
-        rows = np.broadcast_to(value, (self.size,)).reshape(-1, 32)
+        rows = self._wide(value).reshape(-1, 32)
         for i in range(len(self.warps)):
             if active[i].any():
                 chosen = rows[i][active[i]]
@@ -164,10 +170,10 @@ class Unit:
         full = address.astype(u64) + u64(offset % 2**64)
         if address.dtype == u32:
             full &= u64(0xFFFFFFFF)
-        full = np.broadcast_to(full, (self.size,))
+        full = self._wide(full)
         if mask is None:
             return None, full
-        lanes = np.flatnonzero(np.broadcast_to(mask, (self.size,)))
+        lanes = np.flatnonzero(self._wide(mask))
         return lanes, full[lanes]
 
     def _spaces(self, space: str, lanes, addresses):
@@ -325,7 +331,7 @@ class Unit:
         self._aligned(addresses, nbytes, "store")
         data = np.empty((len(addresses), vector), UNSIGNED[itemsize])
         for j, source in enumerate(sources):
-            full = np.broadcast_to(source, (self.size,))
+            full = self._wide(source)
             data[:, j] = (full if lanes is None else full[lanes]).astype(UNSIGNED[itemsize])
         for name, some, kept, here in self._spaces(space, lanes, addresses):
             self._scatter(name, some, kept, itemsize, data if here is None else data[here])
@@ -424,7 +430,7 @@ class Unit:
         every = np.arange(self.size) if lanes is None else lanes
         itemsize = np.dtype(DTYPES[kind]).itemsize
         self._aligned(addresses, itemsize, "atomic access")
-        operands = [np.broadcast_to(v, (self.size,)) for v in values]
+        operands = [self._wide(v) for v in values]
         for name, some, kept, here in self._spaces(space, every, addresses):
             del here
             if not name.startswith("shared") and name != "global":
@@ -455,7 +461,7 @@ class Unit:
 
     def _matrix_rows(self, i: int, address, offset, count: int):
         """Offsets of the 16-byte rows that lanes 0 to 8*count-1 of warp `i` give."""
-        lanes = np.broadcast_to(address, (self.size,))[32 * i : 32 * i + 8 * count]
+        lanes = self._wide(address)[32 * i : 32 * i + 8 * count]
         places = (lanes.astype(u64) + u64(offset % 2**64)) & _LOW_MASK
         if address.dtype == u32:
             places &= u64(0xFFFFFFFF)
@@ -466,7 +472,7 @@ class Unit:
         return offsets
 
     def _whole_warps(self, mask, what: str):
-        if mask is not None and not np.broadcast_to(mask, (self.size,)).all():
+        if mask is not None and not self._wide(mask).all():
             self.cluster.fault(Divergence, f"{what} by a diverged warp", actor=self.name)
 
     def store_matrix(self, address, offset, sources, transposed, mask):
@@ -480,9 +486,7 @@ class Unit:
             lanes = slice(32 * i, 32 * i + 32)
             tiles = np.stack(
                 [
-                    np.ascontiguousarray(np.broadcast_to(s, (self.size,))[lanes])
-                    .view(np.uint16)
-                    .reshape(8, 8)
+                    np.ascontiguousarray(self._wide(s)[lanes]).view(np.uint16).reshape(8, 8)
                     for s in sources
                 ]
             )

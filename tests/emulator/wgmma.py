@@ -89,6 +89,17 @@ class Multiply:
         self.instruction, self.a, self.b, self.accumulate = instruction, a, b, accumulate
         self.issued: dict[int, int] = {}  # warp number: its commit group
         self.waiters: list[Warp] = []
+        # What all four warps have seen at their issue.
+        self.seen: np.ndarray | None = None
+        self.proxied: np.ndarray | None = None
+
+    def join(self, warp: Warp):
+        """Another warp issues it."""
+        if self.seen is None:
+            self.seen, self.proxied = warp.seen.copy(), warp.proxied.copy()
+        else:
+            np.minimum(self.seen, warp.seen, self.seen)
+            np.minimum(self.proxied, warp.proxied, self.proxied)
 
 
 class WarpgroupQueue:
@@ -284,13 +295,9 @@ class MultiplyInstruction(Special):
         warp.wgmma_open.append((group, self.d_mask, self.a_mask, self.shape))
         warp.accumulators |= self.d_mask
         warp.fragments |= self.a_mask
-        for descriptor, rows, transposed, name in (
-            (a, 64, self.a_transposed, "A"),
-            (b, self.n, self.b_transposed, "B"),
-        ):
-            if descriptor is not None:
-                self._check_operand(issue, warpgroup, group, descriptor, rows, transposed, name)
+        entry.join(warp)
         if len(entry.issued) == 4:
+            self._check_operands(issue, warpgroup, entry)
             for waiter in entry.waiters:
                 waiter.blocked = None
             cluster.progress += 1
@@ -322,17 +329,28 @@ class MultiplyInstruction(Special):
                     "a wgmma in flight",
                 )
 
-    def _check_operand(self, issue, warpgroup, group, descriptor, rows, transposed, name):
+    def _check_operands(self, issue: Issue, warpgroup: Warpgroup, entry: Multiply):
         shared = issue.cta.shared
-        granules, low, high = operand_granules(descriptor, rows, transposed, shared.granule)
-        if low < FIRST or high > shared.end:
-            issue.fault(
-                OutOfBounds,
-                f"operand {name} of wgmma reads shared memory [{low:#x}, {high:#x}) outside of "
-                f"[{FIRST:#x}, {shared.end:#x})",
-                offset=low,
+        group = min(entry.issued.values())
+        for descriptor, rows, transposed, name in (
+            (entry.a, 64, self.a_transposed, "A"),
+            (entry.b, self.n, self.b_transposed, "B"),
+        ):
+            if descriptor is None:
+                continue
+            granules, low, high = operand_granules(descriptor, rows, transposed, shared.granule)
+            if low < FIRST or high > shared.end:
+                issue.fault(
+                    OutOfBounds,
+                    f"operand {name} of wgmma reads shared memory [{low:#x}, {high:#x}) outside of "
+                    f"[{FIRST:#x}, {shared.end:#x})",
+                    offset=low,
+                )
+            who = f"{issue.warp.name} and its warpgroup"
+            what = f"operand {name} of wgmma"
+            shared.async_read(
+                who, entry.seen, entry.proxied, granules, warpgroup.agent, group, what
             )
-        shared.async_read(issue.warp, granules, warpgroup.agent, group, f"operand {name} of wgmma")
 
     # --- arithmetic ---
 
@@ -340,7 +358,7 @@ class MultiplyInstruction(Special):
         """Executes the instruction on the registers and shared memory of the warpgroup."""
         cta = warpgroup.cta
         low = warpgroup.warps[0].low
-        file = cta.files["W"]
+        file = cta.registers.files["W"]
         threads = slice(low, low + 128)
         if entry.a is None:
             a = self._fragment(file[self.a_rows, threads])

@@ -147,55 +147,52 @@ struct TokenBlock {
   int tokens;  // of them in a group: all or none
 };
 
-// Finds a block of the token axis, by one warp. A lane walks a contiguous share of the groups.
-// Sizes are not trusted: negative ones count as zero, and groups end with x. The rows after the
-// last group follow as blocks without tokens; with every segment rounded up to 128 all fit in T.
+// Finds a block of the token axis, by one warp. Sizes are not trusted: negative ones count as zero,
+// and groups end with x. Up to the group in which x ends no clipping is needed, so one scan serves,
+// and the groups after it have blocks without rows. The rows after the last group follow as blocks
+// without tokens; with every segment rounded up to 128 all fit in T.
 __device__ void find_token_block(const int32_t* group_sizes, int64_t g, int64_t m, int64_t block,
                                  TokenBlock& found) {
+  auto size_of = [&](int64_t i) { return static_cast<int64_t>(max(group_sizes[i], 0)); };
+  auto blocks_of = [](int64_t size) { return (size + kBlock - 1) / kBlock; };
+  auto rows_before = [](int64_t limit, int64_t row) {
+    return at_most_block(max(limit - row, static_cast<int64_t>(0)));
+  };
   int lane = threadIdx.x % 32;
-  int64_t share = (g + 31) / 32;
+  int64_t share = (g + 31) / 32;  // a lane's groups are neighbours
   int64_t first = min(lane * share, g), last = min(first + share, g);
 
-  int64_t total = 0;
-  for (int64_t i = first; i < last; ++i) total += max(group_sizes[i], 0);
-  int64_t end = total;  // of the lane's groups, were there no limit
+  int64_t rows = 0, blocks = 0;
+#pragma unroll 8
+  for (int64_t i = first; i < last; ++i) {
+    rows += size_of(i);
+    blocks += blocks_of(size_of(i));
+  }
+  int64_t row_end = rows, block_end = blocks;
 #pragma unroll
   for (int distance = 1; distance < 32; distance *= 2) {
-    int64_t before = __shfl_up_sync(kFullWarp, end, distance);
-    if (lane >= distance) end += before;
-  }
-  int64_t start = min(end - total, m);
-
-  int64_t blocks = 0;
-  for (int64_t i = first, row = start; i < last; ++i) {
-    int64_t size = min(static_cast<int64_t>(max(group_sizes[i], 0)), m - row);
-    blocks += (size + kBlock - 1) / kBlock;
-    row += size;
-  }
-  int64_t last_block = blocks;
-#pragma unroll
-  for (int distance = 1; distance < 32; distance *= 2) {
-    int64_t before = __shfl_up_sync(kFullWarp, last_block, distance);
-    if (lane >= distance) last_block += before;
-  }
-
-  int64_t at = last_block - blocks;
-  if (block >= at && block < last_block) {
-    for (int64_t i = first, row = start; i < last; ++i) {
-      int64_t size = min(static_cast<int64_t>(max(group_sizes[i], 0)), m - row);
-      int64_t group_blocks = (size + kBlock - 1) / kBlock;
-      if (block < at + group_blocks) {
-        int64_t inside = (block - at) * kBlock;
-        int rows = at_most_block(size - inside);
-        found = {row + inside, rows, rows};
-        break;
-      }
-      at += group_blocks;
-      row += size;
+    int64_t rows_below = __shfl_up_sync(kFullWarp, row_end, distance);
+    int64_t blocks_below = __shfl_up_sync(kFullWarp, block_end, distance);
+    if (lane >= distance) {
+      row_end += rows_below;
+      block_end += blocks_below;
     }
-  } else if (lane == 31 && block >= last_block) {
-    int64_t row = min(end, m) + (block - last_block) * kBlock;
-    found = {row, at_most_block(max(m - row, static_cast<int64_t>(0))), 0};
+  }
+
+  int64_t row = row_end - rows, at = block_end - blocks;
+  if (block >= at && block < block_end) {
+    int64_t i = first;
+    while (block >= at + blocks_of(size_of(i))) {
+      row += size_of(i);
+      at += blocks_of(size_of(i));
+      ++i;
+    }
+    int64_t start = row + (block - at) * kBlock;
+    int tokens = rows_before(min(row + size_of(i), m), start);
+    found = {start, tokens, tokens};
+  } else if (lane == 31 && block >= block_end) {
+    int64_t start = row_end + (block - block_end) * kBlock;
+    found = {start, rows_before(m, start), 0};
   }
 }
 

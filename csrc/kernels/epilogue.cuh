@@ -93,8 +93,9 @@ struct Staging {
     }
   }
 
-  // Calls visit(shared address, element pointer) for what of `rows` x `cols` of the output
-  // from `out` on this lane copies: 16 bytes where `vector`, else an element.
+  // Calls visit(shared address, element, inside) for each piece of the buffer that this lane
+  // copies: 16 bytes where `vector`, else an element. `inside`: it belongs to the `rows` x `cols`
+  // of the output that begin at `out`.
   template <class Visit>
   __device__ __forceinline__ void for_each(Storage* out, int64_t stride, int rows, int cols,
                                            bool vector, Visit visit) const {
@@ -104,13 +105,14 @@ struct Staging {
     for (int i = lane; i < kStripRows * per_row; i += 32) {
       const int row = i / per_row, byte = i % per_row * step;
       const int col = byte / Out::kBytes;
-      if (row < rows && col < cols) visit(at(row, byte), out + row * stride + col);
+      visit(at(row, byte), out + row * stride + col, row < rows && col < cols);
     }
   }
 
   __device__ __forceinline__ void copy_out(Storage* out, int64_t stride, int rows, int cols,
                                            bool vector) const {
-    for_each(out, stride, rows, cols, vector, [&](uint32_t address, Storage* element) {
+    for_each(out, stride, rows, cols, vector, [&](uint32_t address, Storage* element, bool inside) {
+      if (!inside) return;
       if (vector) {
         *reinterpret_cast<int4*>(element) = ptx::load_shared_i4(address);
       } else {
@@ -121,16 +123,16 @@ struct Staging {
     });
   }
 
-  __device__ __forceinline__ void copy_in(const Storage* out, int64_t stride, int rows, int cols,
+  // What lies outside becomes zero.
+  __device__ __forceinline__ void copy_in(Storage* out, int64_t stride, int rows, int cols,
                                           bool vector) const {
-    for_each(const_cast<Storage*>(out), stride, rows, cols, vector,
-             [&](uint32_t address, const Storage* element) {
-               if (vector) {
-                 ptx::store_shared_i4(address, *reinterpret_cast<const int4*>(element));
-               } else {
-                 ptx::store_shared(address, *element);
-               }
-             });
+    for_each(out, stride, rows, cols, vector, [&](uint32_t address, Storage* element, bool inside) {
+      if (vector) {
+        ptx::store_shared_i4(address, inside ? *reinterpret_cast<int4*>(element) : int4{});
+      } else {
+        ptx::store_shared(address, inside ? *element : Storage{});
+      }
+    });
   }
 };
 

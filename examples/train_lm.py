@@ -1,0 +1,693 @@
+"""Train a language model in FP8 beside the same model in BF16, and compare.
+
+    python examples/train_lm.py            # dense: RMSNorm, rotary attention, SwiGLU
+    python examples/train_lm.py --moe      # the feed-forward layer is a mixture of experts, top 2
+
+The text is the Python source of the running interpreter's standard library, read byte by byte. Both
+models start from the same parameters and see the same batches. Only the products of the layers
+differ: jnp.dot and jax.lax.ragged_dot on bfloat16, or jaxfp8.linear and jaxfp8.ragged_dot. As in
+DeepSeek-V3 (arXiv 2412.19437, 3.3), embedding, head, router, norms and the products inside
+attention keep a high precision, and the master weights are float32.
+
+The file reads from top to bottom: the products, the model, a training step, the loop, the command
+line. `_lm_data.py` has the text, `_lm_report.py` what is shown and written, `_lm_checkpoint.py`
+saving and resuming.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import _lm_data as data
+import _lm_report as report
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+import jaxfp8
+
+# ------------------------------------------------------------------------------------------------
+# The products: the only difference between the two models
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Products:
+    """The products of a layer.
+
+    linear:      x (..., K) bfloat16, w (K, N) float32 -> (..., N) bfloat16
+    ragged_dot:  x (M, K) bfloat16, w (G, K, N) float32, group_sizes int32 (G,)
+                 -> (M, N) bfloat16; a row is multiplied by the matrix of its group
+    """
+
+    linear: Callable[[Array, Array], Array]
+    ragged_dot: Callable[[Array, Array, Array], Array]
+
+
+def bf16_products() -> Products:
+    return Products(
+        linear=lambda x, w: jnp.dot(x, w.astype(jnp.bfloat16)),
+        ragged_dot=lambda x, w, sizes: jax.lax.ragged_dot(x, w.astype(jnp.bfloat16), sizes),
+    )
+
+
+def fp8_products(recipe: jaxfp8.Recipe) -> Products:
+    # Forward, dgrad and wgrad run in FP8. The weights are quantized from their float32 masters.
+    return Products(
+        linear=lambda x, w: jaxfp8.linear(x, w, recipe=recipe, preferred_element_type=jnp.bfloat16),
+        ragged_dot=lambda x, w, sizes: jaxfp8.ragged_dot(
+            x, w, sizes, recipe=recipe, preferred_element_type=jnp.bfloat16
+        ),
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# The model: parameters are a dict, the layers' stacked along a first axis for lax.scan
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A decoder-only transformer over bytes.
+
+    Any width works; multiples of 128 fill the blocks that share an FP8 scale.
+    `experts`: 0 for a dense feed-forward layer; else each token runs through two of them, each half
+    as wide, so that the work per token is that of the dense model.
+    """
+
+    layers: int
+    width: int
+    heads: int
+    feed_forward: int
+    experts: int = 0
+
+    @property
+    def hidden(self) -> int:
+        """Width of one SwiGLU: of the layer, or of one expert."""
+        return self.feed_forward // 2 if self.experts else self.feed_forward
+
+
+Params = dict[str, Any]
+
+
+def init(model: Model, key: Array) -> Params:
+    """Float32 master weights: normal, 1/sqrt(fan in).
+
+    What writes into the residual stream is 1/sqrt(2 layers) smaller.
+    """
+    keys = iter(jax.random.split(key, 8))
+    width, hidden = model.width, model.hidden
+
+    def weight(*shape: int, scale: float = 1.0) -> Array:
+        return jax.random.normal(next(keys), shape) * (scale / math.sqrt(shape[-2]))
+
+    stack = (model.layers,)
+    residual = 1 / math.sqrt(2 * model.layers)
+    experts = stack + (model.experts,) if model.experts else stack
+    layers = {
+        "attention_norm": jnp.ones((*stack, width)),
+        "qkv": weight(*stack, width, 3 * width),
+        "out": weight(*stack, width, width, scale=residual),
+        "feed_forward_norm": jnp.ones((*stack, width)),
+        "gate_up": weight(*experts, width, 2 * hidden),
+        "down": weight(*experts, hidden, width, scale=residual),
+    }
+    if model.experts:
+        layers["router"] = weight(*stack, width, model.experts)
+    return {
+        "embedding": jax.random.normal(next(keys), (data.VOCABULARY, width)),
+        "layers": layers,
+        "norm": jnp.ones(width),
+        "head": weight(width, data.VOCABULARY, scale=0.1),
+    }
+
+
+def rms_norm(x: Array, gain: Array) -> Array:
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y**2, axis=-1, keepdims=True) + 1e-6) * gain
+    return y.astype(x.dtype)
+
+
+def rotate(x: Array) -> Array:
+    """Rotary position embedding (arXiv 2104.09864) of x (batch, length, heads, size)."""
+    _, length, _, size = x.shape
+    frequency = 10_000.0 ** (-jnp.arange(0, size, 2) / size)
+    angle = jnp.arange(length)[:, None, None] * frequency  # (length, 1, size / 2)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    return jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    ).astype(x.dtype)
+
+
+def attention(x: Array, p: Params, model: Model, products: Products) -> Array:
+    batch, length, width = x.shape
+    with jax.named_scope("qkv"):
+        qkv = products.linear(x, p["qkv"])
+    q, k, v = jnp.split(qkv.reshape(batch, length, 3 * model.heads, -1), 3, axis=2)
+    with jax.named_scope("attention"):
+        y = jax.nn.dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
+    with jax.named_scope("out"):
+        return products.linear(y.reshape(batch, length, width), p["out"])
+
+
+def swiglu(gate_up: Array) -> Array:
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    return jax.nn.silu(gate) * up
+
+
+def feed_forward(x: Array, p: Params, model: Model, products: Products) -> tuple[Array, Array]:
+    """The layer's output and its balance loss, which is zero for a dense layer."""
+    if model.experts:
+        return mixture_of_experts(x, p, model, products)
+    with jax.named_scope("gate_up"):
+        gate_up = products.linear(x, p["gate_up"])
+    with jax.named_scope("down"):
+        return products.linear(swiglu(gate_up), p["down"]), jnp.float32(0)
+
+
+def mixture_of_experts(
+    x: Array, p: Params, model: Model, products: Products
+) -> tuple[Array, Array]:
+    """Each token through its two best experts.
+
+    The tokens, sorted by expert, are the groups of a ragged product: no capacity, no padding.
+    """
+    batch, length, width = x.shape
+    tokens = x.reshape(batch * length, width)
+    with jax.named_scope("router"):
+        logits = jnp.dot(tokens.astype(jnp.float32), p["router"], precision="highest")
+    probability = jax.nn.softmax(logits)
+    gate, expert = jax.lax.top_k(probability, 2)  # (tokens, 2)
+    gate = gate / jnp.sum(gate, axis=-1, keepdims=True)
+
+    order = jnp.argsort(expert.reshape(-1), stable=True)
+    group_sizes = jnp.bincount(expert.reshape(-1), length=model.experts).astype(jnp.int32)
+    rows = permute(jnp.repeat(tokens, 2, axis=0), order)
+    with jax.named_scope("gate_up"):
+        gate_up = products.ragged_dot(rows, p["gate_up"], group_sizes)
+    with jax.named_scope("down"):
+        y = products.ragged_dot(swiglu(gate_up), p["down"], group_sizes)
+    y = permute(y, jnp.argsort(order)).reshape(batch * length, 2, width)
+    y = jnp.sum(y * gate[..., None], axis=1).astype(x.dtype)
+
+    # Load balance (Switch Transformer, arXiv 2101.03961, 2.2): 1 when every expert gets its share.
+    share = group_sizes / expert.size
+    balance = model.experts * jnp.sum(share * jnp.mean(probability, axis=0))
+    return y.reshape(x.shape), balance
+
+
+def permute(rows: Array, order: Array) -> Array:
+    return rows.at[order].get(unique_indices=True, mode="promise_in_bounds")
+
+
+def forward(params: Params, inputs: Array, model: Model, products: Products) -> tuple[Array, Array]:
+    """Bytes (batch, length) -> float32 logits of the next byte (batch, length, 256).
+
+    Beside them, the layers' mean balance loss.
+    """
+
+    def layer(x, p):
+        x = x + attention(rms_norm(x, p["attention_norm"]), p, model, products)
+        y, balance = feed_forward(rms_norm(x, p["feed_forward_norm"]), p, model, products)
+        return x + y, balance
+
+    x = params["embedding"].astype(jnp.bfloat16)[inputs]
+    x, balance = jax.lax.scan(layer, x, params["layers"])
+    x = rms_norm(x, params["norm"])
+    with jax.named_scope("head"):
+        head = params["head"].astype(jnp.bfloat16)
+        logits = jnp.dot(x, head, preferred_element_type=jnp.float32)
+    return logits, jnp.mean(balance)
+
+
+def losses(params: Params, windows: Array, model: Model, products: Products) -> tuple[Array, Array]:
+    """Mean cross-entropy of the next byte, in nats, and the balance loss.
+
+    windows: (batch, length + 1), inputs and the byte after each.
+    """
+    logits, balance = forward(params, windows[:, :-1], model, products)
+    entropy = optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:])
+    return jnp.mean(entropy), balance
+
+
+def generate(
+    params: Params, prompts: Array, lengths: Array, key: Array, model: Model, products: Products
+) -> Array:
+    """Prompts (batch, length), of which the first `lengths` bytes count, continued to the end."""
+
+    def step(i, carry):
+        text, key = carry
+        key, draw = jax.random.split(key)
+        logits, _ = forward(params, text, model, products)
+        following = jax.random.categorical(draw, logits[:, i - 1] / 0.7)
+        return text.at[:, i].set(jnp.where(i < lengths, text[:, i], following)), key
+
+    return jax.lax.fori_loop(1, prompts.shape[1], step, (prompts, key))[0]
+
+
+# ------------------------------------------------------------------------------------------------
+# Training
+# ------------------------------------------------------------------------------------------------
+
+BALANCE_WEIGHT = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A model and how it is trained by default. `sequence` is the bytes a window predicts."""
+
+    model: Model
+    sequence: int
+    batch: int
+    steps: int
+    learning_rate: float
+
+
+SIZES = {
+    "tiny": Size(Model(layers=2, width=128, heads=2, feed_forward=256), 64, 4, 60, 3e-3),
+    "small": Size(Model(layers=2, width=256, heads=4, feed_forward=512), 128, 8, 320, 2e-3),
+    "medium": Size(Model(layers=8, width=512, heads=8, feed_forward=1536), 512, 32, 2000, 1e-3),
+    "large": Size(Model(layers=16, width=1024, heads=16, feed_forward=3072), 1024, 32, 5000, 6e-4),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All that decides the loss curves; a checkpoint resumes only with equal settings."""
+
+    size: str
+    moe: bool
+    steps: int
+    batch: int
+    learning_rate: float
+    evaluations: int
+    validation_windows: int
+    seed: int
+    scale_format: str
+    grad_dtype: str
+
+    @property
+    def model(self) -> Model:
+        model = SIZES[self.size].model
+        return dataclasses.replace(model, experts=4) if self.moe else model
+
+    @property
+    def sequence(self) -> int:
+        return SIZES[self.size].sequence
+
+    @property
+    def recipe(self) -> jaxfp8.Recipe:
+        return jaxfp8.Recipe(
+            scale_format=self.scale_format, grad_dtype=GRAD_DTYPES[self.grad_dtype]
+        )
+
+    @property
+    def evaluation_steps(self) -> list[int]:
+        return [self.steps * (i + 1) // self.evaluations for i in range(self.evaluations)]
+
+
+GRAD_DTYPES = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}
+
+
+def optimizer_of(settings: Settings) -> optax.GradientTransformation:
+    rate = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=settings.learning_rate,
+        warmup_steps=max(1, settings.steps // 10),
+        decay_steps=settings.steps,
+    )
+
+    def matrices(params):
+        return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in str(path), params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=0.1, mask=matrices),
+    )
+
+
+class Run:
+    """One of the two trainings: its products, its state, its compiled steps, its history.
+
+    `state` is (parameters, optimizer state). The step donates it, so that a model's memory is held
+    once.
+    """
+
+    def __init__(self, name: str, products: Products, settings: Settings):
+        self.name, self.products, self.settings = name, products, settings
+        self.model = settings.model
+        self.optimizer = optimizer_of(settings)
+        params = init(self.model, jax.random.key(settings.seed))
+        self.state = params, self.optimizer.init(params)
+        self.history = report.History()
+
+    def gradients(self, params: Params, windows: Array) -> tuple[Array, Params]:
+        """The loss (cross-entropy alone) and the gradients of one batch."""
+
+        def objective(params):
+            entropy, balance = losses(params, windows, self.model, self.products)
+            return entropy + BALANCE_WEIGHT * balance, entropy
+
+        (_, entropy), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        return entropy, grads
+
+    def _step(self, state, windows):
+        params, optimizer_state = state
+        entropy, grads = self.gradients(params, windows)
+        updates, optimizer_state = self.optimizer.update(grads, optimizer_state, params)
+        return (optax.apply_updates(params, updates), optimizer_state), entropy
+
+    def _evaluate(self, state, batches):
+        """Mean validation loss over batches (count, batch, length + 1)."""
+        params, _ = state
+        return jnp.mean(
+            jax.lax.map(lambda w: losses(params, w, self.model, self.products)[0], batches)
+        )
+
+    def compile(self, windows, batches) -> float:
+        """Compiles ahead, so that the first step is timed like any other; returns seconds."""
+        start = time.perf_counter()
+        self._compiled_step = (
+            jax.jit(self._step, donate_argnums=0).lower(self.state, windows).compile()
+        )
+        self._compiled_evaluate = jax.jit(self._evaluate).lower(self.state, batches).compile()
+        return time.perf_counter() - start
+
+    def train(self, batches: list[np.ndarray]) -> None:
+        """A step a batch. Waits once, at the end, so that a GPU is never idle between steps."""
+        start = time.perf_counter()
+        entropies = []
+        for windows in batches:
+            self.state, entropy = self._compiled_step(self.state, windows)
+            entropies.append(entropy)
+        self.history.train_loss += [float(e) for e in jax.device_get(entropies)]
+        self.history.seconds += time.perf_counter() - start
+        self.history.tokens += sum(w.shape[0] * (w.shape[1] - 1) for w in batches)
+
+    def evaluate(self, batches) -> None:
+        loss = float(self._compiled_evaluate(self.state, batches))
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the {self.name} run diverged: validation loss {loss} after "
+                f"{len(self.history.train_loss)} steps; try a lower --learning-rate"
+            )
+        self.history.validation_loss.append(loss)
+
+
+# ------------------------------------------------------------------------------------------------
+# The job: two runs, side by side
+# ------------------------------------------------------------------------------------------------
+
+STRIDE = 10  # steps that one model takes before the other has its turn
+PROMPTS = (b"import ", b"def ", b"class ", b"    return ")
+PRODUCT_NAMES = ("qkv", "attention", "out", "router", "gate_up", "down", "head")
+
+
+def train(
+    settings: Settings,
+    out: pathlib.Path,
+    checkpoint: pathlib.Path | None = None,
+    resume: bool = False,
+    stop_after: int | None = None,
+) -> dict[str, Any] | None:
+    """Trains both models, writes the results into `out`, and returns the summary.
+
+    None if it stopped before the last step.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    console = report.console
+    corpus = data.standard_library()
+    unigram = data.unigram_loss(corpus)
+    windows = data.Windows(corpus.train, settings.sequence, settings.seed)
+    # The same for every seed, so that seeds can be compared.
+    validation = data.spread_windows(
+        corpus.validation, settings.sequence, settings.validation_windows
+    ).reshape(-1, settings.batch, settings.sequence + 1)
+
+    runs = {
+        "bf16": Run("bf16", bf16_products(), settings),
+        "fp8": Run("fp8", fp8_products(settings.recipe), settings),
+    }
+    parameters = sum(x.size for x in jax.tree.leaves(runs["bf16"].state[0]))
+    kind = f"{settings.model.experts} experts, 2 a token" if settings.moe else "dense"
+    console.print(
+        f"{parameters / 1e6:.2f} M parameters, {kind}; "
+        f"to train on, {corpus.train.size / 1e6:.1f} MB of Python in {corpus.files[0]} files; "
+        f"to validate on, {validation[:, :, 1:].size:,} bytes of {corpus.files[1]} others\n"
+        f"{settings.steps} steps of {settings.batch} x {settings.sequence} bytes, "
+        f"seed {settings.seed}, {settings.recipe} on {jax.devices()[0].device_kind}"
+    )
+    products = report.list_products(
+        runs["fp8"].gradients, PRODUCT_NAMES, runs["fp8"].state[0], windows.batch(0, settings.batch)
+    )
+    step = position = 0
+
+    checkpoints = None
+    if checkpoint is not None:
+        from _lm_checkpoint import Checkpoints  # Orbax takes seconds to import
+
+        identity = dataclasses.asdict(settings) | {"text": corpus.checksum}
+        checkpoints = Checkpoints(checkpoint, identity)
+        if resume:
+            states, progress = checkpoints.restore({n: r.state for n, r in runs.items()})
+            step, position = progress["step"], progress["position"]
+            for name, run in runs.items():
+                run.state = states[name]
+                run.history = report.History(progress["histories"][name])
+            console.print(f"resumed after step {step}")
+        elif checkpoints.latest_step is not None:
+            raise data.InputError(
+                f"{checkpoint} already has a checkpoint of step {checkpoints.latest_step}; "
+                "pass --resume to continue it, or another --checkpoint directory"
+            )
+
+    def save() -> None:
+        if checkpoints is not None and checkpoints.latest_step != step:
+            progress = {
+                "step": step,
+                "position": position,
+                "histories": {n: r.history.to_json() for n, r in runs.items()},
+            }
+            checkpoints.save(step, {n: r.state for n, r in runs.items()}, progress)
+
+    for name, run in runs.items():
+        with console.status(f"compiling {name}"):
+            seconds = run.compile(windows.batch(0, settings.batch), validation)
+        console.print(f"{name} compiled in {seconds:.1f} s")
+
+    stop = settings.steps if stop_after is None else min(stop_after, settings.steps)
+    evaluation_steps = settings.evaluation_steps
+    with report.progress_bar() as progress:
+        task = progress.add_task("", total=settings.steps, completed=step)
+        while step < stop:
+            until = min(step + STRIDE, stop, next(s for s in evaluation_steps if s > step))
+            batches = []
+            while step < until:
+                batches.append(windows.batch(position, settings.batch))
+                position += settings.batch
+                step += 1
+            for run in runs.values():
+                run.train(batches)
+            progress.update(
+                task,
+                completed=step,
+                description=report.progress_text({n: r.history for n, r in runs.items()}),
+            )
+            if step in evaluation_steps:
+                for run in runs.values():
+                    run.evaluate(validation)
+                report.print_evaluation(step, {n: r.history for n, r in runs.items()})
+                save()
+    save()
+    if checkpoints is not None:
+        checkpoints.close()
+    if step < settings.steps:
+        console.print(f"stopped after step {step} of {settings.steps}; --resume continues")
+        return None
+
+    histories = {name: run.history for name, run in runs.items()}
+    summary = {
+        "settings": dataclasses.asdict(settings),
+        "parameters": parameters,
+        "jax": jax.__version__,
+        "jaxfp8": jaxfp8.__version__,
+        "device": jax.devices()[0].device_kind,
+        **report.compare(evaluation_steps, histories, unigram, products),
+    }
+    sample = report.sample_text(sample_of(runs["fp8"]))
+    report.write(out, evaluation_steps, histories, summary, sample)
+    console.print(report.product_table(products))
+    console.print(report.comparison_table(summary))
+    console.print("text by the FP8 model:\n", sample, sep="\n", markup=False)
+    console.print(f"loss.png, curves.json, summary.json and sample.txt are in {out}")
+    return summary
+
+
+def sample_of(run: Run) -> np.ndarray:
+    """A window of text after each of PROMPTS, by a model that trained."""
+    prompts = np.zeros((len(PROMPTS), run.settings.sequence), np.int32)
+    for row, prompt in zip(prompts, PROMPTS, strict=True):
+        row[: len(prompt)] = list(prompt)
+    lengths = np.array([len(p) for p in PROMPTS])
+    sample = jax.jit(generate, static_argnames=("model", "products"))(
+        run.state[0],
+        prompts,
+        lengths,
+        jax.random.key(run.settings.seed),
+        model=run.model,
+        products=run.products,
+    )
+    return np.asarray(sample)
+
+
+# ------------------------------------------------------------------------------------------------
+# Command line
+# ------------------------------------------------------------------------------------------------
+
+
+def positive(kind: type) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not positive")
+        return value
+
+    parse.__name__ = f"positive {kind.__name__}"  # argparse names it in its error
+    return parse
+
+
+def parse_arguments(argv: list[str] | None = None) -> tuple[Settings, dict[str, Any]]:
+    parser = argparse.ArgumentParser(
+        description="Train a byte-level language model in BF16 and in FP8 on the source of the "
+        "Python standard library, from the same parameters on the same batches, and compare.",
+        epilog="Sizes: "
+        + "; ".join(
+            f"{name}: {s.model.layers} layers of {s.model.width}, "
+            f"{s.steps} steps of {s.batch} x {s.sequence} bytes"
+            for name, s in SIZES.items()
+        )
+        + ". The medium and large models want a GPU.",
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument("--size", choices=SIZES, default="small", help="default: small")
+    model.add_argument(
+        "--tiny", action="store_const", const="tiny", dest="size", help="--size tiny"
+    )
+    model.add_argument(
+        "--moe", action="store_true", help="four experts, two a token, in place of a dense SwiGLU"
+    )
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--steps", type=positive(int), help="default: the size's")
+    training.add_argument(
+        "--batch", type=positive(int), help="windows a step (default: the size's)"
+    )
+    training.add_argument(
+        "--learning-rate", type=positive(float), help="highest rate (default: the size's)"
+    )
+    training.add_argument(
+        "--seed", type=int, default=0, help="of the parameters and the batches (default: 0)"
+    )
+    training.add_argument(
+        "--evaluations",
+        type=positive(int),
+        default=16,
+        help="how many, spread evenly (default: 16)",
+    )
+    training.add_argument(
+        "--validation-windows",
+        type=positive(int),
+        default=64,
+        help="windows of validation text an evaluation reads, a multiple of --batch (default: 64)",
+    )
+
+    recipe = parser.add_argument_group("FP8 recipe")
+    recipe.add_argument(
+        "--scale-format",
+        choices=("float32", "pow2"),
+        default="float32",
+        help="block scales: any float32 (default) or powers of two",
+    )
+    recipe.add_argument(
+        "--grad-dtype",
+        choices=tuple(GRAD_DTYPES),
+        default="e4m3",
+        help="FP8 type of gradients (default: e4m3); activations and weights are e4m3",
+    )
+
+    files = parser.add_argument_group("files")
+    files.add_argument(
+        "--out",
+        type=pathlib.Path,
+        default=pathlib.Path("out/train_lm"),
+        metavar="DIR",
+        help="gets loss.png, curves.json, summary.json, sample.txt (default: out/train_lm)",
+    )
+    files.add_argument(
+        "--checkpoint",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="save there after each evaluation and at the end",
+    )
+    files.add_argument(
+        "--resume", action="store_true", help="continue from the newest checkpoint in --checkpoint"
+    )
+    files.add_argument(
+        "--stop-after",
+        type=positive(int),
+        metavar="STEP",
+        help="save and stop after this step; the schedule still spans --steps",
+    )
+    args = parser.parse_args(argv)
+
+    size = SIZES[args.size]
+    settings = Settings(
+        size=args.size,
+        moe=args.moe,
+        steps=args.steps or size.steps,
+        batch=args.batch or size.batch,
+        learning_rate=args.learning_rate or size.learning_rate,
+        evaluations=args.evaluations,
+        validation_windows=args.validation_windows,
+        seed=args.seed,
+        scale_format=args.scale_format,
+        grad_dtype=args.grad_dtype,
+    )
+    if settings.seed < 0:
+        parser.error(f"--seed is {settings.seed}; allowed: zero or a positive int")
+    if settings.evaluations > settings.steps:
+        parser.error(
+            f"--evaluations is {settings.evaluations}; allowed: at most --steps, {settings.steps}"
+        )
+    if settings.validation_windows % settings.batch:
+        parser.error(
+            f"--validation-windows is {settings.validation_windows}; "
+            f"allowed: a multiple of --batch, {settings.batch}"
+        )
+    for flag in ("resume", "stop_after"):
+        if getattr(args, flag) and args.checkpoint is None:
+            parser.error(f"--{flag.replace('_', '-')} needs --checkpoint DIR")
+    names = ("out", "checkpoint", "resume", "stop_after")
+    return settings, {name: getattr(args, name) for name in names}
+
+
+def main(argv: list[str] | None = None) -> None:
+    settings, files = parse_arguments(argv)
+    try:
+        train(settings, **files)
+    except (data.InputError, FloatingPointError) as error:
+        sys.exit(f"train_lm: {error}")
+
+
+if __name__ == "__main__":
+    main()

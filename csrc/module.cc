@@ -95,7 +95,7 @@ using ArrayType = std::pair<std::string, std::vector<int64_t>>;
 
 NamedPlan plan(const std::string& target_name, const std::vector<ArrayType>& operands,
                const std::vector<ArrayType>& results, bool pow2, int config, int num_sms,
-               int device_sms) {
+               int device_sms, const std::map<std::string, uintptr_t>& offsets) {
   Call call;
   call.target = &find_target(target_name);
   call.pow2 = pow2;
@@ -123,6 +123,16 @@ NamedPlan plan(const std::string& target_name, const std::vector<ArrayType>& ope
   if (call.target->accum && !call.operands.empty() && !call.results.empty()) {
     call.operands.back().data = call.results.front().data;
   }
+  const auto displace = [&](std::vector<Array>& arrays, size_t first) {
+    for (size_t i = 0; i < arrays.size(); ++i) {
+      auto offset = offsets.find(named.arrays[first + i]);
+      if (offset != offsets.end()) {
+        arrays[i].data = static_cast<char*>(arrays[i].data) + offset->second;
+      }
+    }
+  };
+  displace(call.operands, 0);
+  displace(call.results, call.operands.size());
   named.plan = plan_call(call, device_sms);
   return named;
 }
@@ -168,7 +178,7 @@ NB_MODULE(_C, m) {
       .def("__str__", &NamedPlan::text);
   m.def("plan", &plan, nb::arg("target"), nb::arg("operands"), nb::arg("results"), nb::kw_only(),
         nb::arg("pow2") = false, nb::arg("config") = -1, nb::arg("num_sms") = 0,
-        nb::arg("device_sms") = 132);
+        nb::arg("device_sms") = 132, nb::arg("offsets") = std::map<std::string, uintptr_t>());
   m.def("configs", &configs, nb::arg("target"));
 
   m.def("_install_driver", &install_driver, nb::arg("entry_points"), nb::arg("hook") = 0,

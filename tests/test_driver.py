@@ -243,7 +243,9 @@ def test_shared_memory_that_is_refused_names_the_size(recording):
     run(gemm())
 
 
-@pytest.mark.parametrize("content", [None, b"", b"\x7fEL", b"not a cubin, but long enough to hold one"])
+@pytest.mark.parametrize(
+    "content", [None, b"", b"\x7fEL", b"not a cubin, but long enough to hold one"]
+)
 def test_a_missing_or_corrupt_image_is_named(recording, tmp_path, content):
     if content is not None:
         (tmp_path / "quantize_rows.cubin").write_bytes(content)

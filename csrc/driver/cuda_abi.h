@@ -1,6 +1,6 @@
 // The part of the CUDA driver's binary interface that the driver table uses (CUDA driver API
-// reference; the values are fixed since CUDA 12.0). Declared here so that host code is the same, and
-// compiles, with and without a CUDA toolkit; cuda_abi_check.cc compares it with cuda.h.
+// reference; the values are fixed since CUDA 12.0). Declared here so that host code is the same,
+// and compiles, with and without a CUDA toolkit; cuda_abi_check.cc compares it with cuda.h.
 #pragma once
 #include <cstddef>
 #include <cstdint>

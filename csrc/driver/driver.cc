@@ -154,13 +154,14 @@ class Driver {
     if (!prepared(loaded)) {
       RelaxedCapture relaxed(*this);
       if (plan.dynamic_smem > kDefaultDynamicSmem) {
-        check(table.cuKernelSetAttribute(cuda::kMaxDynamicSharedSizeBytes,
-                                         static_cast<int>(plan.dynamic_smem), loaded.handle, device),
-              [&] {
-                return "cuKernelSetAttribute(" + plan.kernel + ", dynamic shared memory of " +
-                       std::to_string(plan.dynamic_smem) + " bytes, device " +
-                       std::to_string(device) + ")";
-              });
+        check(
+            table.cuKernelSetAttribute(cuda::kMaxDynamicSharedSizeBytes,
+                                       static_cast<int>(plan.dynamic_smem), loaded.handle, device),
+            [&] {
+              return "cuKernelSetAttribute(" + plan.kernel + ", dynamic shared memory of " +
+                     std::to_string(plan.dynamic_smem) + " bytes, device " +
+                     std::to_string(device) + ")";
+            });
       }
       // Loads the code into the context now: left to the launch, it could happen during a capture.
       cuda::Function function = nullptr;
@@ -231,9 +232,8 @@ cuda::Library Driver::library(const std::string& image) {
   if (code.empty()) {
     throw UnavailableError("the compiled kernels " + image + ".cubin are not in " +
                            image_directory +
-                           (*build::kNvccVersion == '\0'
-                                ? ": this package was built without nvcc"
-                                : ": the installation is incomplete"));
+                           (*build::kNvccVersion == '\0' ? ": this package was built without nvcc"
+                                                         : ": the installation is incomplete"));
   }
   cuda::Library library = nullptr;
   cuda::Result result =
@@ -286,7 +286,8 @@ CurrentContext::~CurrentContext() {
 Device::Device(cuda::Stream stream)
     : driver_(current_driver()), stream_(stream), context_(*driver_, stream) {
   if (stream == nullptr && !driver_->emulated) {
-    throw UnavailableError("there is no stream: on a CPU the custom calls run only under emulation");
+    throw UnavailableError(
+        "there is no stream: on a CPU the custom calls run only under emulation");
   }
   driver_->check(driver_->table.cuCtxGetDevice(&ordinal_), [] { return "cuCtxGetDevice"; });
   num_sms_ = driver_->num_sms(ordinal_);
@@ -302,27 +303,26 @@ void encode(const Driver& driver, const TensorMap& map, cuda::TensorMap* out, La
   int type = map.type == TensorMap::Type::kUint8      ? cuda::kTensorMapUint8
              : map.type == TensorMap::Type::kBfloat16 ? cuda::kTensorMapBfloat16
                                                       : cuda::kTensorMapFloat32;
-  int swizzle = map.swizzle == TensorMap::Swizzle::kNone   ? cuda::kSwizzleNone
-                : map.swizzle == TensorMap::Swizzle::k32B  ? cuda::kSwizzle32B
-                : map.swizzle == TensorMap::Swizzle::k64B  ? cuda::kSwizzle64B
-                                                           : cuda::kSwizzle128B;
+  int swizzle = map.swizzle == TensorMap::Swizzle::kNone  ? cuda::kSwizzleNone
+                : map.swizzle == TensorMap::Swizzle::k32B ? cuda::kSwizzle32B
+                : map.swizzle == TensorMap::Swizzle::k64B ? cuda::kSwizzle64B
+                                                          : cuda::kSwizzle128B;
   size_t rank = map.dims.size();
   if (rank < 1 || rank > 5 || map.strides.size() != rank - 1 || map.box.size() != rank) {
     throw DriverError(label() + ": a tensor map of dims " + to_string(map.dims) + ", strides " +
                       to_string(map.strides) + ", box " + to_string(map.box));
   }
-  driver.check(
-      driver.table.cuTensorMapEncodeTiled(
-          out, type, static_cast<unsigned>(rank), map.base, map.dims.data(), map.strides.data(),
-          map.box.data(), kUnitStrides, cuda::kInterleaveNone, swizzle, cuda::kL2Promotion256B,
-          cuda::kOutOfBoundsZeros),
-      [&] {
-        std::ostringstream base;
-        base << map.base;
-        return "cuTensorMapEncodeTiled(" + label() + ": base " + base.str() + ", dims " +
-               to_string(map.dims) + ", strides " + to_string(map.strides) + ", box " +
-               to_string(map.box) + ", swizzle " + std::to_string(swizzle) + ")";
-      });
+  driver.check(driver.table.cuTensorMapEncodeTiled(
+                   out, type, static_cast<unsigned>(rank), map.base, map.dims.data(),
+                   map.strides.data(), map.box.data(), kUnitStrides, cuda::kInterleaveNone, swizzle,
+                   cuda::kL2Promotion256B, cuda::kOutOfBoundsZeros),
+               [&] {
+                 std::ostringstream base;
+                 base << map.base;
+                 return "cuTensorMapEncodeTiled(" + label() + ": base " + base.str() + ", dims " +
+                        to_string(map.dims) + ", strides " + to_string(map.strides) + ", box " +
+                        to_string(map.box) + ", swizzle " + std::to_string(swizzle) + ")";
+               });
 }
 
 }  // namespace
@@ -342,8 +342,9 @@ void Device::execute(const LaunchPlan& plan) const {
     const auto* map = std::get_if<TensorMap>(&plan.args[i]);
     if (map == nullptr) {
       // The driver reads the value, and does so before the launch returns.
-      args[i] = std::visit([](const auto& v) { return const_cast<void*>(static_cast<const void*>(&v)); },
-                           plan.args[i]);
+      args[i] =
+          std::visit([](const auto& v) { return const_cast<void*>(static_cast<const void*>(&v)); },
+                     plan.args[i]);
       continue;
     }
     if (num_maps == kMaxTensorMaps) {
@@ -358,8 +359,9 @@ void Device::execute(const LaunchPlan& plan) const {
   cluster.id = cuda::kLaunchClusterDimension;
   cluster.value.cluster = {plan.cluster.x, plan.cluster.y, plan.cluster.z};
   bool has_cluster = plan.cluster.x * plan.cluster.y * plan.cluster.z > 1;
-  cuda::LaunchConfig config{plan.grid.x,  plan.grid.y,  plan.grid.z,       plan.block.x, plan.block.y,
-                            plan.block.z, plan.dynamic_smem, stream_,       &cluster,     has_cluster};
+  cuda::LaunchConfig config{plan.grid.x,  plan.grid.y,  plan.grid.z,       plan.block.x,
+                            plan.block.y, plan.block.z, plan.dynamic_smem, stream_,
+                            &cluster,     has_cluster};
   auto function = reinterpret_cast<cuda::Function>(driver_->kernel(plan, ordinal_));
   driver.check(driver.table.cuLaunchKernelEx(&config, function, args.data(), nullptr), [&] {
     return "cuLaunchKernelEx(" + plan.kernel + ", grid " + to_string(plan.grid) + ", block " +

@@ -1,8 +1,8 @@
 // Executes launch plans through a table of CUDA driver entry points.
 //
-// The table is filled from libcuda.so.1 at the first call, never at import; tests install their own.
-// Kernels are loaded as context-independent libraries, so every device of the process uses the same
-// handles. Nothing that failed is remembered: the next call tries again.
+// The table is filled from libcuda.so.1 at the first call, never at import; tests install their
+// own. Kernels are loaded as context-independent libraries, so every device of the process uses the
+// same handles. Nothing that failed is remembered: the next call tries again.
 #pragma once
 #include <map>
 #include <memory>

@@ -14,9 +14,9 @@ constexpr int64_t kMaxSize = std::numeric_limits<int32_t>::max() - kBlock;
 
 constexpr size_t kNumBoundDims = 6;  // the symbols that a call binds come first in Dim
 
-constexpr Dim G = Dim::kG, M = Dim::kM, N = Dim::kN, K = Dim::kK, T = Dim::kT, OneOrG = Dim::kOneOrG,
-              MB = Dim::kMBlocks, NB = Dim::kNBlocks, KB = Dim::kKBlocks, TB = Dim::kTBlocks,
-              PaddedM = Dim::kPaddedM;
+constexpr Dim G = Dim::kG, M = Dim::kM, N = Dim::kN, K = Dim::kK, T = Dim::kT,
+              OneOrG = Dim::kOneOrG, MB = Dim::kMBlocks, NB = Dim::kNBlocks, KB = Dim::kKBlocks,
+              TB = Dim::kTBlocks, PaddedM = Dim::kPaddedM;
 
 std::vector<Target> make_targets() {
   using Quantize = QuantizeProblem::Kind;
@@ -26,8 +26,12 @@ std::vector<Target> make_targets() {
   std::vector<Target> all;
   const auto quantize = [&](const char* name, Quantize kind, std::vector<ArraySpec> operands,
                             std::vector<ArraySpec> results) {
-    all.push_back({std::string("jaxfp8_quantize_") + name + "_v1", Family::kQuantize, kind, {},
-                   std::move(operands), std::move(results)});
+    all.push_back({std::string("jaxfp8_quantize_") + name + "_v1",
+                   Family::kQuantize,
+                   kind,
+                   {},
+                   std::move(operands),
+                   std::move(results)});
   };
   const auto gemm = [&](const char* name, Gemm kind, const std::vector<ArraySpec>& operands,
                         const ArraySpec& result) {
@@ -51,7 +55,8 @@ std::vector<Target> make_targets() {
            {{"data", fp8, {G, M, K}}, {"scale", f32, {G, MB, KB}}});
   quantize("weight", Quantize::kWeight, {{"w", x, {G, K, N}}},
            {{"data_nn", fp8, {G, K, N}}, {"scale", f32, {G, KB, NB}}, {"data_nt", fp8, {G, N, K}}});
-  quantize("ragged_columns", Quantize::kRaggedColumns, {{"x", x, {M, K}}, {"group_sizes", s32, {G}}},
+  quantize("ragged_columns", Quantize::kRaggedColumns,
+           {{"x", x, {M, K}}, {"group_sizes", s32, {G}}},
            {{"data", fp8, {K, PaddedM}}, {"scale", f32, {K, TB}}});
   quantize("ragged_both", Quantize::kRaggedBoth, {{"x", x, {M, K}}, {"group_sizes", s32, {G}}},
            {{"row_data", fp8, {M, K}},
@@ -157,9 +162,9 @@ class Sizes {
   }
 
   std::string describe(Dim dim) const {
-    static constexpr const char* kNames[] = {"G",           "M",           "N",           "K",
-                                             "T",           "1 or G",      "ceil(M/128)", "ceil(N/128)",
-                                             "ceil(K/128)", "T/128",       "T"};
+    static constexpr const char* kNames[] = {
+        "G",           "M",           "N",           "K",     "T", "1 or G",
+        "ceil(M/128)", "ceil(N/128)", "ceil(K/128)", "T/128", "T"};
     std::string text = kNames[static_cast<size_t>(dim)];
     int64_t size = (*this)[dim];
     return size == 0 ? text : text + "=" + std::to_string(size);
@@ -244,8 +249,8 @@ Sizes check(const Call& call, int device_sms) {
   }
 
   if (int64_t one_or_g = sizes[OneOrG]; one_or_g != 0 && one_or_g != 1 && one_or_g != sizes[G]) {
-    fail(target, "lhs is " + describe(call.operands[0]) + "; its first axis must be 1 or G=" +
-                     std::to_string(sizes[G]));
+    fail(target, "lhs is " + describe(call.operands[0]) +
+                     "; its first axis must be 1 or G=" + std::to_string(sizes[G]));
   }
   Dim contraction = sizes[T] != 0 ? T : K;
   int64_t step = contraction == T ? kBlock : kContractionStep;
@@ -258,7 +263,8 @@ Sizes check(const Call& call, int device_sms) {
     const Array& accum = call.operands.back();
     const Array& out = call.results.front();
     if (accum.dtype != out.dtype) {
-      fail(target, "accum is " + describe(accum) + "; allowed is the type of out, " + describe(out));
+      fail(target,
+           "accum is " + describe(accum) + "; allowed is the type of out, " + describe(out));
     }
     if (accum.data != out.data) fail(target, "accum is not the buffer of out; it must be aliased");
   }

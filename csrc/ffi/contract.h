@@ -22,8 +22,8 @@ struct CallError : std::invalid_argument {
 // One array of a call, as it came.
 struct Array {
   void* data = nullptr;
-  std::optional<DType> dtype;      // empty: none that a kernel knows
-  const char* dtype_name = "";     // as XLA writes it
+  std::optional<DType> dtype;   // empty: none that a kernel knows
+  const char* dtype_name = "";  // as XLA writes it
   const int64_t* dims = nullptr;
   size_t rank = 0;
 };

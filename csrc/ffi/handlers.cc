@@ -71,10 +71,31 @@ void tell(driver::CallHook hook, const Call& call) {
   hook(call.target->name.c_str(), buffers.data(), static_cast<int32_t>(buffers.size()));
 }
 
+// XLA's typed binding would not name the attribute.
+template <class T>
+T attribute(const Target& target, const ffi::Dictionary& attributes, const char* name,
+            const char* type) {
+  if (!attributes.contains(name)) {
+    throw CallError(target.name + ": attribute " + name + " is missing; it must be " + type);
+  }
+  if (!attributes.contains<T>(name)) {
+    throw CallError(target.name + ": attribute " + name + " is of another type; it must be " +
+                    type);
+  }
+  return attributes.get<T>(name).value();
+}
+
 ffi::Error run(const Target& target, cuda::Stream stream, ffi::RemainingArgs operands,
-               ffi::RemainingRets results, Call call) {
+               ffi::RemainingRets results, ffi::Dictionary attributes) {
   try {
+    Call call;
     call.target = &target;
+    if (target.family == Family::kQuantize) {
+      call.pow2 = attribute<bool>(target, attributes, "pow2", "i1");
+    } else {
+      call.config = attribute<int32_t>(target, attributes, "config", "i32");
+      call.num_sms = attribute<int32_t>(target, attributes, "num_sms", "i32");
+    }
     call.operands.reserve(operands.size());
     for (size_t i = 0; i < operands.size(); ++i) {
       call.operands.push_back(decode(operands.get<ffi::AnyBuffer>(i).value()));
@@ -99,39 +120,24 @@ ffi::Error run(const Target& target, cuda::Stream stream, ffi::RemainingArgs ope
 // The CUDA platform passes its stream; the CPU platform has none.
 template <bool kOnCuda>
 std::unique_ptr<ffi::Ffi> make_handler(const Target& target) {
-  const auto quantize = [&target](cuda::Stream stream, ffi::RemainingArgs operands,
-                                  ffi::RemainingRets results, bool pow2) {
-    Call call;
-    call.pow2 = pow2;
-    return run(target, stream, operands, results, std::move(call));
-  };
-  const auto gemm = [&target](cuda::Stream stream, ffi::RemainingArgs operands,
-                              ffi::RemainingRets results, int32_t config, int32_t num_sms) {
-    Call call;
-    call.config = config;
-    call.num_sms = num_sms;
-    return run(target, stream, operands, results, std::move(call));
-  };
-  const auto make = [&](auto bind, auto adapt) -> std::unique_ptr<ffi::Ffi> {
-    if (target.family == Family::kQuantize) {
-      return bind().RemainingArgs().RemainingRets().template Attr<bool>("pow2").To(
-          adapt(quantize), {ffi::Traits::kCmdBufferCompatible});
-    }
-    return bind()
+  if constexpr (kOnCuda) {
+    return ffi::Ffi::Bind()
+        .Ctx<ffi::PlatformStream<cuda::Stream>>()
         .RemainingArgs()
         .RemainingRets()
-        .template Attr<int32_t>("config")
-        .template Attr<int32_t>("num_sms")
-        .To(adapt(gemm), {ffi::Traits::kCmdBufferCompatible});
-  };
-  if constexpr (kOnCuda) {
-    return make([] { return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cuda::Stream>>(); },
-                [](auto run) { return run; });
+        .Attrs()
+        .To(
+            [&target](cuda::Stream stream, ffi::RemainingArgs operands, ffi::RemainingRets results,
+                      ffi::Dictionary attributes) {
+              return run(target, stream, operands, results, attributes);
+            },
+            {ffi::Traits::kCmdBufferCompatible});
   } else {
-    return make([] { return ffi::Ffi::Bind(); },
-                [](auto run) {
-                  return [run](auto... arguments) { return run(cuda::Stream{}, arguments...); };
-                });
+    return ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attrs().To(
+        [&target](ffi::RemainingArgs operands, ffi::RemainingRets results,
+                  ffi::Dictionary attributes) {
+          return run(target, nullptr, operands, results, attributes);
+        });
   }
 }
 

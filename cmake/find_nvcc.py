@@ -1,4 +1,4 @@
-"""Prints the path of nvcc: a wheel of this environment, PATH, CUDA_HOME, CUDA_PATH, /usr/local/cuda."""
+"""Prints the path of nvcc: of its wheel, or on PATH, in CUDA_HOME, CUDA_PATH, /usr/local/cuda."""
 
 import importlib.util
 import os

@@ -25,7 +25,7 @@ needs_kernels = pytest.mark.skipif(not _ffi.images(), reason="this build holds n
 def recording():
     """A driver that records launches and executes nothing."""
     _ffi.register_cpu_targets()
-    with EmulatedDriver(_ffi.image_directory(), launch=lambda kernel, **launch: launch) as driver:
+    with EmulatedDriver(_ffi.image_directory(), launch=lambda *_, **launch: launch) as driver:
         yield driver
 
 
@@ -173,7 +173,7 @@ def test_a_broken_libcuda_is_named_and_tried_again(tmp_path, fault):
 
 
 def test_a_cpu_call_never_reaches_a_real_driver(tmp_path):
-    """The handlers of the CPU platform hand out host addresses: only an installed driver may run."""
+    """The CPU handlers hand out host addresses: only an installed driver may get them."""
     _ffi.register_cpu_targets()
     _C._uninstall_driver()
     assert "UNAVAILABLE" in error_of()
@@ -267,10 +267,10 @@ def test_a_missing_or_corrupt_image_is_named(recording, tmp_path, content):
 
 @needs_kernels
 def test_an_exception_in_the_emulator_is_an_error_of_the_call(recording):
-    def launch(kernel, **_):
+    def launch(*_, **options):
         raise ValueError("a race between two warps")
 
-    recording._launch = launch
+    recording.launch = launch
     assert "ValueError: a race between two warps" in error_of()
     (error,) = recording.take_errors()
     assert isinstance(error, ValueError)
@@ -298,17 +298,17 @@ def test_many_threads_may_make_the_first_call(recording):
 def test_calls_in_flight_finish_with_the_driver_that_they_started_with(recording):
     inside, leave = threading.Event(), threading.Event()
 
-    def launch(kernel, **_):
+    def launch(*_, **options):
         inside.set()
         assert leave.wait(60)
 
-    recording._launch = launch
+    recording.launch = launch
     x = jnp.ones((8, 128), jnp.bfloat16)
     compiled = jax.jit(quantize_rows).lower(x).compile()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         call = pool.submit(lambda: jax.block_until_ready(compiled(x)))
         assert inside.wait(60)
-        with EmulatedDriver(_ffi.image_directory(), launch=lambda kernel, **_: None) as other:
+        with EmulatedDriver(_ffi.image_directory(), launch=lambda *_, **launch: None) as other:
             run()
             leave.set()
             call.result(60)

@@ -214,7 +214,7 @@ each_array = pytest.mark.parametrize(("target", "array"), ARRAYS)
 @pytest.fixture
 def handlers():
     _ffi.register_cpu_targets()
-    with EmulatedDriver(_ffi.image_directory(), launch=lambda kernel, **_: None) as driver:
+    with EmulatedDriver(_ffi.image_directory(), launch=lambda *_, **launch: None) as driver:
         yield driver
 
 

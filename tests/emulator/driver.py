@@ -12,7 +12,6 @@ A failure inside a callback becomes a driver error with the exception's text, an
 from __future__ import annotations
 
 import ctypes
-import functools
 import struct
 import threading
 from collections.abc import Callable, Mapping
@@ -24,8 +23,9 @@ import numpy as np
 
 from jaxfp8 import _C
 
+from . import launch as emulate
+from . import module
 from .memory import Memory
-from .parser import Kernel, Module
 from .tensormap import TensorMap
 
 SUCCESS = 0
@@ -110,6 +110,7 @@ class Launch:
     """One executed launch: what was asked for, and the emulator's report of it."""
 
     target: str
+    image: str
     kernel: str
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
@@ -132,11 +133,6 @@ class _Call:
             if base <= address < base + size:
                 return emulated + (address - base)
         return address
-
-
-@functools.cache
-def _module(text: str) -> Module:
-    return Module(text)
 
 
 class EmulatedDriver:
@@ -173,7 +169,7 @@ class EmulatedDriver:
         self.compute_capability = compute_capability
         self.seed, self.check_races = seed, check_races
         self.ptx = dict(ptx or {})
-        self._launch = launch
+        self.launch = launch or emulate
         self.launches: list[Launch] = []
         self.errors: list[BaseException] = []
         self.failures: dict[str, int] = {}
@@ -335,15 +331,12 @@ class EmulatedDriver:
                 return path.stem
         return None
 
-    def _kernel(self, handle: int) -> Kernel:
-        image, name = self._kernels[handle - 1]
-        text = self.ptx.get(image) or (self.directory / f"{image}.ptx").read_text()
-        return _module(text).kernel(name)
+    def _text(self, image: str) -> str:
+        return self.ptx.get(image) or (self.directory / f"{image}.ptx").read_text()
 
     def cuLibraryGetKernel(self, kernel, library, name):
         image = self._libraries[library - 1]
-        text = (self.directory / f"{image}.ptx").read_text()
-        if name.decode() not in _module(text).entries:
+        if name.decode() not in module(self._text(image)).entries:
             return NOT_FOUND
         self._kernels.append((image, name.decode()))
         kernel[0] = len(self._kernels)
@@ -384,10 +377,12 @@ class EmulatedDriver:
         if config.dynamic_smem > self._dynamic_smem.get(function, 48 * 1024):
             return INVALID_VALUE
         call = self._call()
-        kernel = self._kernel(function)
+        image, name = self._kernels[function - 1]
+        text = self._text(image)
         record = Launch(
             call.target,
-            kernel.name,
+            image,
+            name,
             tuple(config.grid),
             tuple(config.block),
             cluster,
@@ -395,13 +390,13 @@ class EmulatedDriver:
         )
         values = [
             self._argument(call, parameter, arguments[i])
-            for i, parameter in enumerate(kernel.parameters)
+            for i, parameter in enumerate(module(text).kernel(name).parameters)
         ]
         with self._lock:
             self.launches.append(record)
-            launch = self._launch or _emulate
-            record.report = launch(
-                kernel,
+            record.report = self.launch(
+                text,
+                name,
                 grid=record.grid,
                 block=record.block,
                 cluster=cluster,
@@ -412,17 +407,9 @@ class EmulatedDriver:
                 check_races=self.check_races,
             )
 
-    def _argument(self, call: _Call, parameter, address: int) -> Any:
+    @staticmethod
+    def _argument(call: _Call, parameter, address: int) -> bytes:
         raw = ctypes.string_at(address, parameter.size)
-        if parameter.is_array:
+        if parameter.size != 8:
             return raw
-        if parameter.type == "f32":
-            return np.float32(struct.unpack("<f", raw)[0])
-        value = int.from_bytes(raw, "little")
-        return call.translate(value) if parameter.size == 8 else value
-
-
-def _emulate(kernel: Kernel, **arguments) -> Any:
-    from .launch import launch
-
-    return launch(kernel, **arguments)
+        return call.translate(int.from_bytes(raw, "little")).to_bytes(8, "little")

@@ -27,6 +27,7 @@ from .._operation import Call
 from .._partition import Kernel, arrange
 from .._quantized_array import QuantizedArray
 from .._recipe import Recipe, current_recipe, fp8_dtype, scale_format_name
+from .._types import full_spec, is_explicit, to_spec
 from ._mapped import mapped
 
 ROW = (1, BLOCK)
@@ -310,21 +311,21 @@ def columns(x, dims, tokens, fmt: Format) -> Named:
 
 
 def rows_and_columns(x, dims, tokens, fmt: Format) -> tuple[Named, Named]:
-    """`rows` and `columns` of one array, from one read where its token dimensions can stay apart."""
-    ordered, order, _ = _order_tokens(x, dims, tokens, merge=False)
-    straddles = any(ordered.shape[order.index(d)] % BLOCK for d in tokens[-1:]) and len(tokens) > 1
-    if order != dims or straddles:
+    """`rows` and `columns` of one array; from one read, unless its dimensions come in another order."""
+    merged, order, merged_tokens = _order_tokens(x, dims, tokens, merge=True)
+    _, in_place, _ = _order_tokens(x, dims, tokens, merge=False)
+    loses_sharding = order != in_place and is_explicit(jax.typeof(x))
+    if in_place != dims or loses_sharding:
         return rows(x, dims, fmt), columns(x, dims, tokens, fmt)
-    out = tuple(d for d in dims[:-1] if d not in tokens) + (dims[-1],) + tokens
-    outs = (dims, _blocked(dims), out, _blocked(out))
-    row, row_scale, column, column_scale = _bind(both_kernel, fmt, (dims,), outs, x)
+    out = tuple(d for d in order[:-1] if d not in merged_tokens) + (order[-1],) + merged_tokens
+    outs = (order, _blocked(order), out, _blocked(out))
+    row, row_scale, column, column_scale = _bind(both_kernel, fmt, (order,), outs, merged)
+    row, row_scale = row.reshape(x.shape), row_scale.reshape(*x.shape[:-1], ceil_blocks(x.shape[-1]))
     return named(row, row_scale, dims), named(column, column_scale, out)
 
 
 def _order_tokens(x, dims, tokens, merge):
     """x as (batch, tokens, k), with token dimensions merged from the last on while blocks straddle them."""
-    from .._types import full_spec, to_spec
-
     batch, k = tuple(d for d in dims[:-1] if d not in tokens), dims[-1]
     x, dims = arrange(x, dims, [(d,) for d in batch + tokens + (k,)]), batch + tokens + (k,)
     while merge and len(tokens) > 1 and x.shape[-2] % BLOCK:

@@ -1,0 +1,198 @@
+"""What the operations lower to for cuda, read on a machine without a GPU."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxfp8
+from jaxfp8 import _ffi
+
+pytestmark = pytest.mark.skipif(
+    not _ffi.images(), reason="this build of jaxfp8 holds no CUDA kernels"
+)
+
+X, W = np.zeros((64, 256), np.float32), np.zeros((256, 384), np.float32)
+EXPERTS = np.zeros((3, 256, 384), np.float32)
+SIZES = np.array([10, 0, 30], np.int32)
+
+
+def cuda_text(f, *args, **kwargs):
+    return jax.jit(f, **kwargs).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def calls(text):
+    """Names of the custom calls, shortened, in order."""
+    return re.findall(r"custom_call @jaxfp8_(\w+)_v1\(", text)
+
+
+def the_call(text, name):
+    (line,) = [x for x in text.splitlines() if f"@jaxfp8_{name}_v1(" in x]
+    return line
+
+
+def assert_only_custom_calls(text, expected):
+    assert sorted(calls(text)) == sorted(expected)
+    assert not re.search(r"stablehlo\.(dot|dot_general)\b", text)
+    assert not re.search(r"stablehlo\.convert .*-> tensor<[\dx]*f8E", text)
+
+
+PRODUCTS = {
+    "gemm": (lambda q: jaxfp8.gemm(q["rows"], q["square"]), "gemm_1d2d"),
+    "gemm 1x128": (lambda q: jaxfp8.gemm(q["rows"], q["rows"]), "gemm_1d1d"),
+    "batched": (lambda q: jaxfp8.gemm(q["batch"], q["experts"]), "gemm_1d2d"),
+    "wgrad": (lambda q: jaxfp8.wgrad_gemm(q["rows"], q["rows"]), "gemm_1d1d"),
+    "grouped": (lambda q: jaxfp8.grouped_gemm(q["rows"], q["experts"], SIZES), "grouped_gemm"),
+    "masked": (
+        lambda q: jaxfp8.masked_grouped_gemm(q["batch"], q["experts"], SIZES),
+        "masked_grouped_gemm",
+    ),
+    "grouped wgrad": (
+        lambda q: jaxfp8.grouped_wgrad_gemm(q["columns"], q["columns"], SIZES),
+        "grouped_wgrad_gemm",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    return {
+        "rows": jaxfp8.quantize(X),
+        "square": jaxfp8.quantize_weight(W)[0],
+        "batch": jaxfp8.quantize(np.zeros((3, 64, 256), np.float32)),
+        "experts": jaxfp8.quantize_weight(EXPERTS)[0],
+        "columns": jaxfp8.quantize_both(X, group_sizes=SIZES)[1],
+    }
+
+
+@pytest.mark.parametrize("case", PRODUCTS)
+def test_a_product_is_one_custom_call(case, quantized):
+    f, name = PRODUCTS[case]
+    text = cuda_text(f, quantized)
+    assert_only_custom_calls(text, [name])
+    line = the_call(text, name)
+    assert "config = -1 : i32" in line and "num_sms = 0 : i32" in line
+
+
+QUANTIZERS = {
+    "rows": (lambda: (jaxfp8.quantize, X), "quantize_rows"),
+    "blocks": (lambda: (lambda x: jaxfp8.quantize(x, (128, 128)), X), "quantize_blocks"),
+    "both": (lambda: (jaxfp8.quantize_both, X), "quantize_both"),
+    "weight": (lambda: (jaxfp8.quantize_weight, W), "quantize_weight"),
+    "experts": (lambda: (jaxfp8.quantize_weight, EXPERTS), "quantize_weight"),
+    "ragged": (
+        lambda: (lambda x: jaxfp8.quantize_both(x, group_sizes=SIZES), X),
+        "quantize_ragged_both",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", QUANTIZERS)
+@pytest.mark.parametrize("scale_format", ["float32", "pow2"])
+def test_a_quantization_is_one_custom_call(case, scale_format):
+    f, x = QUANTIZERS[case][0]()
+    with jaxfp8.Recipe(scale_format=scale_format):
+        text = cuda_text(f, x)
+    assert_only_custom_calls(text, [QUANTIZERS[case][1]])
+    assert f"pow2 = {'true' if scale_format == 'pow2' else 'false'}" in text
+
+
+def test_row_scales_are_m_major(quantized):
+    line = the_call(cuda_text(PRODUCTS["gemm"][0], quantized), "gemm_1d2d")
+
+    layouts = re.findall(r"dense<\[([\d, ]+)\]>", line)
+    assert layouts[:4] == ["2, 1, 0", "1, 0, 2", "2, 1, 0", "2, 1, 0"], layouts
+    line = the_call(cuda_text(jaxfp8.quantize, X), "quantize_rows")
+    assert re.findall(r"dense<\[([\d, ]+)\]>", line) == ["1, 0", "1, 0", "0, 1"]
+
+
+def test_accum_is_aliased_and_donation_reaches_it():
+    q = jaxfp8.quantize(X)
+    accum = np.zeros((64, 64), np.float32)
+    f = lambda lhs, rhs, accum: jaxfp8.wgrad_gemm(lhs, rhs, accum=accum)  # noqa: E731
+    text = cuda_text(f, q, q, accum, donate_argnums=2)
+    assert_only_custom_calls(text, ["gemm_1d1d_accum"])
+    line = the_call(text, "gemm_1d1d_accum")
+    assert "output_operand_alias<output_tuple_indices = [], operand_index = 4" in line
+    assert "tf.aliasing_output" in text
+
+
+def test_num_sms_of_the_recipe_reaches_the_call(quantized):
+    with jaxfp8.Recipe(num_sms=100):
+        text = cuda_text(PRODUCTS["gemm"][0], quantized)
+    assert "num_sms = 100 : i32" in text
+
+
+def train(f):
+    def run(x, w, dy):
+        y, pull = jax.vjp(f, x, w)
+        return y, *pull(dy)
+
+    return run
+
+
+FORWARD = ["quantize_rows", "quantize_weight", "gemm_1d2d"]
+TRAIN = ["quantize_both", "quantize_weight", "gemm_1d2d", "quantize_both", "gemm_1d2d", "gemm_1d1d"]
+SPELLINGS = {
+    "linear": jaxfp8.linear,
+    "dot_general": lambda x, w: jaxfp8.dot_general(x, w, (((1,), (0,)), ((), ()))),
+    "einsum": lambda x, w: jaxfp8.einsum("mk,kn->mn", x, w),
+    "vmap": lambda x, w: jax.vmap(lambda x: jaxfp8.linear(x, w))(x),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_linear_layer_is_three_products(spelling):
+    f, dy = SPELLINGS[spelling], np.zeros((64, 384), np.float32)
+    assert_only_custom_calls(cuda_text(f, X, W), FORWARD)
+    assert_only_custom_calls(cuda_text(train(f), X, W, dy), TRAIN)
+
+
+def test_ragged_dot_is_three_products():
+    f = lambda x, w: jaxfp8.ragged_dot(x, w, SIZES)  # noqa: E731
+    dy = np.zeros((64, 384), np.float32)
+    assert_only_custom_calls(
+        cuda_text(f, X, EXPERTS), ["quantize_rows", "quantize_weight", "grouped_gemm"]
+    )
+    assert_only_custom_calls(
+        cuda_text(train(f), X, EXPERTS, dy),
+        [
+            "quantize_ragged_both",
+            "quantize_weight",
+            "grouped_gemm",
+            "quantize_ragged_both",
+            "grouped_gemm",
+            "grouped_wgrad_gemm",
+        ],
+    )
+
+
+@pytest.mark.parametrize("k", [1, 129, 250])
+def test_data_is_padded_to_the_copy_engines_stride(k):
+    lhs = jaxfp8.quantize(np.zeros((5, k), np.float32))
+    rhs = jaxfp8.quantize(np.zeros((7, k), np.float32), block=(128, 128))
+    text = cuda_text(jaxfp8.gemm, lhs, rhs)
+    assert_only_custom_calls(text, ["gemm_1d2d"])
+    padded = -(-k // 16) * 16
+    assert f"tensor<1x5x{padded}xf8E4M3FN>" in the_call(text, "gemm_1d2d")
+
+
+def test_empty_products_need_no_call():
+    lhs = jaxfp8.quantize(np.zeros((5, 0), np.float32))
+    text = cuda_text(lambda q: jaxfp8.gemm(q, q, accum=jnp.ones((5, 5))), lhs)
+    assert_only_custom_calls(text, [])
+
+
+def test_a_build_without_kernels_says_so(monkeypatch):
+    monkeypatch.setattr(_ffi, "images", tuple)
+    jax.clear_caches()
+    with pytest.raises(NotImplementedError, match="no CUDA kernels"):
+        cuda_text(jaxfp8.linear, X + 1, W)
+    jaxfp8.linear(X, W)  # the portable lowering needs none
+
+
+def test_the_portable_lowering_has_no_custom_call():
+    text = jax.jit(train(jaxfp8.linear)).lower(X, W, np.zeros((64, 384), np.float32)).as_text()
+    assert "jaxfp8_" not in re.sub(r"call @\w+|func private @\w+", "", text)

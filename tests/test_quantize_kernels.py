@@ -1,0 +1,270 @@
+"""The quantizer kernels' PTX, planned by the library and executed by the emulator, bit for bit.
+
+Every launch checks besides: no race, no read of uninitialised shared memory, no access outside the
+buffers or misaligned, no byte of an output left unwritten.
+"""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxfp8 import _ffi
+from tests import emulator
+from tests import oracle_quantize as oracle
+
+pytestmark = [
+    pytest.mark.emulated,
+    pytest.mark.skipif(not _ffi.images(), reason="this build of jaxfp8 holds no kernels"),
+]
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+F16 = np.dtype(np.float16)
+F32 = np.dtype(np.float32)
+NAMES = {BF16: "bf16", F16: "f16", F32: "f32", oracle.E4M3: "f8e4m3fn", oracle.E5M2: "f8e5m2"}
+FORMATS = [(i, o) for i in (BF16, F16, F32) for o in (oracle.E4M3, oracle.E5M2)]
+DENSE = ("rows", "columns", "both", "blocks", "weight")
+RAGGED = ("ragged_columns", "ragged_both")
+
+
+def matrices(seed, shape, dtype):
+    """Values over many orders of magnitude, among them zeros of both signs and subnormals."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal(shape) * np.exp(2 * rng.standard_normal(shape))
+    kind = rng.integers(0, 12, shape)
+    x = np.select([kind == 0, kind == 1, kind == 2], [-0.0, -1e-39, 2e-7], x)
+    return x.astype(np.float32).astype(dtype)
+
+
+def expected(kind, x, dtype, pow2, group_sizes=None):
+    """The oracle's outputs, in the order of the custom call's results, as they lie in memory."""
+    if kind in ("blocks", "weight"):
+        outputs = oracle.quantize_weight(x, dtype, pow2)
+        return list(outputs if kind == "weight" else outputs[:2])
+    outputs = []
+    if kind in ("rows", "both", "ragged_both"):
+        data, scale = oracle.quantize_blocks(x, (1, 128), dtype, pow2)
+        outputs += [data, oracle.m_major(scale)]
+    if kind in ("columns", "both"):
+        data, scale = oracle.quantize_columns(x, dtype, pow2)
+        outputs += [data, oracle.m_major(scale)]
+    if group_sizes is not None:
+        data, scale = oracle.ragged_columns(x, group_sizes, dtype, pow2)
+        outputs += [data, oracle.m_major(scale)]
+    return outputs
+
+
+def result_types(kind, shape, dtype, groups):
+    """(dtype, shape) of the custom call's results."""
+    *lead, m, k = shape
+    mb, kb = oracle.cdiv(m, 128), oracle.cdiv(k, 128)
+    rows = [(dtype, (*lead, m, k)), ("f32", (*lead, m, kb))]
+    columns = [(dtype, (*lead, k, m)), ("f32", (*lead, k, mb))]
+    blocks = [(dtype, (*lead, m, k)), ("f32", (*lead, mb, kb))]
+    t = oracle.padded_tokens(m, groups)
+    ragged = [(dtype, (k, t)), ("f32", (k, t // 128))]
+    return {
+        "rows": rows,
+        "columns": columns,
+        "both": rows + columns,
+        "blocks": blocks,
+        "weight": [*blocks, (dtype, (*lead, k, m))],
+        "ragged_columns": ragged,
+        "ragged_both": rows + ragged,
+    }[kind]
+
+
+NAMES_OF_ARRAYS = {
+    "rows": ("x", "data", "scale"),
+    "columns": ("x", "data", "scale"),
+    "both": ("x", "row_data", "row_scale", "column_data", "column_scale"),
+    "blocks": ("x", "data", "scale"),
+    "weight": ("w", "data_nn", "scale", "data_nt"),
+    "ragged_columns": ("x", "group_sizes", "data", "scale"),
+    "ragged_both": ("x", "group_sizes", "row_data", "row_scale", "column_data", "column_scale"),
+}
+
+
+def launch(kind, x, dtype, *, pow2=False, group_sizes=None, offsets=None, seed=0, sms=2):
+    """Plans and executes one quantization; its outputs' bytes, and the emulator's report.
+
+    ``offsets``: bytes by which an array, by name, starts past a multiple of 256.
+    """
+    types = [(NAMES[x.dtype], x.shape)]
+    inputs = [x]
+    if group_sizes is not None:
+        types.append(("s32", (len(group_sizes),)))
+        inputs.append(np.array(group_sizes, np.int32))
+    results = result_types(kind, x.shape, NAMES[dtype], len(group_sizes or ()))
+    plan = _ffi._C.plan(f"jaxfp8_quantize_{kind}_v1", types, results, pow2=pow2, device_sms=sms)
+
+    memory = emulator.Memory()
+    addresses, outputs = {}, []
+    sizes = [a.nbytes for a in inputs]
+    sizes += [int(np.prod(shape)) * (4 if name == "f32" else 1) for name, shape in results]
+    for i, (name, size) in enumerate(zip(NAMES_OF_ARRAYS[kind], sizes, strict=True)):
+        # The array ends where its buffer ends, so that a byte too far is out of bounds.
+        offset = (offsets or {}).get(name, 0)
+        buffer = np.full(offset + size, 0xA5, np.uint8)
+        if i < len(inputs):
+            buffer[offset:] = inputs[i].reshape(-1).view(np.uint8)
+            buffer.flags.writeable = False
+        else:
+            outputs.append(buffer[offset:])
+        addresses[name] = memory.array(buffer, name=name).base + offset
+
+    ptx = _ffi.image_directory() / f"{plan.image}.ptx"
+    parameters = emulator.kernel(ptx, plan.kernel).parameters
+    args = [
+        np.uint64(addresses[arg])
+        if isinstance(arg, str)
+        else {4: np.int32, 8: np.int64}[parameter.size](arg)
+        for arg, parameter in zip(plan.args, parameters, strict=True)
+    ]
+    report = emulator.launch(
+        ptx, plan.kernel, grid=plan.grid, block=plan.block, args=args, seed=seed, memory=memory
+    )
+    return outputs, report
+
+
+def assert_exact(kind, x, dtype, *, pow2=False, group_sizes=None, **options):
+    """Runs one quantization and compares every output with the oracle's, byte for byte."""
+    outputs, report = launch(kind, x, dtype, pow2=pow2, group_sizes=group_sizes, **options)
+    want = expected(kind, x, dtype, pow2, group_sizes)
+    for i, (got, array) in enumerate(zip(outputs, want, strict=True)):
+        wrong = np.flatnonzero(got != array.reshape(-1).view(np.uint8))
+        assert not wrong.size, f"output {i}: {wrong.size} of {got.size} bytes, first {wrong[0]}"
+    return report
+
+
+def shape_for(kind, g, m, k):
+    return (g * m, k) if kind == "rows" else (g, m, k)
+
+
+@pytest.mark.parametrize("kind", DENSE)
+@pytest.mark.parametrize("pow2", [False, True], ids=["float32", "pow2"])
+@pytest.mark.parametrize(("source", "target"), FORMATS, ids=lambda d: NAMES[d])
+def test_every_format_equals_the_oracle(kind, source, target, pow2):
+    x = matrices(1, shape_for(kind, 1, 40, 72), source)
+    assert_exact(kind, x, target, pow2=pow2)
+
+
+@pytest.mark.parametrize("kind", DENSE)
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 1), (3, 1, 5), (1, 128, 128), (1, 129, 8), (2, 7, 130), (1, 130, 257), (1, 16, 264)],
+    ids=str,
+)
+def test_every_shape_equals_the_oracle(kind, shape):
+    source = F32 if kind in ("rows", "weight") and shape[1] % 2 else BF16
+    assert_exact(kind, matrices(2, shape_for(kind, *shape), source), oracle.E4M3)
+
+
+@pytest.mark.parametrize("kind", DENSE)
+@pytest.mark.parametrize("source", [BF16, F32], ids=NAMES.get)
+def test_buffers_aligned_to_their_elements_only(kind, source):
+    names = NAMES_OF_ARRAYS[kind]
+    offsets = {name: 4 if "scale" in name else 3 for name in names[1:]}
+    offsets[names[0]] = source.itemsize
+    x = matrices(3, shape_for(kind, 1, 20, 24), source)
+    assert_exact(kind, x, oracle.E4M3, offsets=offsets)
+
+
+def test_rows_of_a_small_matrix_spread_over_the_multiprocessors():
+    x = matrices(4, (64, 512), BF16)
+    for sms in (1, 4, 132):
+        assert_exact("rows", x, oracle.E4M3, sms=sms)
+
+
+GROUPS = {
+    "one block": ([128], 128),
+    "around a block": ([0, 127, 128, 129, 1], 400),
+    "one group": ([60], 60),
+    "all empty": ([0, 0], 30),
+    "fewer than the rows": ([10, 0, 20], 300),
+    "more than the rows": ([70, 70, 70], 100),
+    "negative and huge": ([-5, 50, 2**31 - 1, 7], 100),
+    "all huge": ([2**31 - 1] * 34, 20),
+    "more than lanes": ([3, 0] * 17, 60),
+}
+
+
+@pytest.mark.parametrize("kind", RAGGED)
+@pytest.mark.parametrize("groups", GROUPS)
+def test_ragged_groups_equal_the_oracle(kind, groups):
+    group_sizes, rows = GROUPS[groups]
+    x = matrices(5, (rows, 16), BF16)
+    assert_exact(kind, x, oracle.E4M3, group_sizes=group_sizes)
+
+
+@pytest.mark.parametrize("kind", RAGGED)
+@pytest.mark.parametrize(("source", "target"), FORMATS, ids=lambda d: NAMES[d])
+def test_ragged_formats_equal_the_oracle(kind, source, target):
+    x = matrices(6, (20, 130), source)
+    assert_exact(kind, x, target, pow2=True, group_sizes=[9, 8])
+
+
+@pytest.mark.parametrize("kind", DENSE + RAGGED)
+@pytest.mark.parametrize("source", [BF16, F16, F32], ids=NAMES.get)
+def test_nan_and_inf_stay_visible_in_their_block_only(kind, source):
+    x = matrices(7, (40, 136), source)
+    x[3, 5], x[17, 130], x[30, 20] = np.nan, np.inf, -np.inf
+    ragged = kind in RAGGED
+    x = x if ragged or kind == "rows" else x[None]
+    assert_exact(kind, x, oracle.E4M3, group_sizes=[20, 15] if ragged else None)
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns", "blocks"])
+def test_extreme_magnitudes_equal_the_oracle(kind):
+    """Subnormal and smallest scales, the largest floats, ties, and powers of two."""
+    rng = np.random.default_rng(8)
+    exponents = np.linspace(-149, 127, 96)[:, None]
+    x = np.ldexp(1 + rng.integers(0, 64, (96, 24)) / 64, exponents.astype(int))
+    x = np.minimum(x, np.finfo(np.float32).max).astype(np.float32)
+    x[:, 0] = np.ldexp(np.float32(1.75), exponents.astype(int)[:, 0])  # 448 after scaling
+    x = x.T.copy() if kind == "columns" else x
+    for pow2 in (False, True):
+        for target in (oracle.E4M3, oracle.E5M2):
+            assert_exact(kind, x if kind == "rows" else x[None], target, pow2=pow2)
+
+
+def test_every_bfloat16_quantizes_like_the_oracle():
+    """All 65536 bit patterns, grouped by magnitude so that finite ones share blocks."""
+    bits = np.arange(2**16, dtype=np.uint16)
+    bits = bits[np.argsort(bits & 0x7FFF, kind="stable")]
+    assert_exact("rows", bits.view(BF16).reshape(64, 1024), oracle.E4M3)
+
+
+@pytest.mark.parametrize("kind", DENSE + RAGGED)
+def test_schedules_do_not_matter(kind):
+    ragged = kind in RAGGED
+    x = matrices(9, (130, 40), BF16)
+    x = x if ragged or kind == "rows" else x[None]
+    for seed in (1, 2, 3):
+        assert_exact(kind, x, oracle.E4M3, group_sizes=[129] if ragged else None, seed=seed)
+
+
+@pytest.mark.parametrize("kind", DENSE + RAGGED)
+@pytest.mark.parametrize("source", [BF16, F32], ids=NAMES.get)
+def test_every_byte_moves_once(kind, source):
+    x = matrices(10, shape_for(kind, 1, 144, 48), source)
+    group_sizes = None
+    if kind in RAGGED:
+        x, group_sizes = x[0], [100]
+    report = assert_exact(kind, x, oracle.E4M3, group_sizes=group_sizes)
+    written = sum(a.nbytes for a in expected(kind, x, oracle.E4M3, False, group_sizes))
+    assert report.bytes_written == written
+    read = x.nbytes
+    if kind == "ragged_columns":
+        read = 100 * x.itemsize * x.shape[1]
+    # Every CTA of a ragged quantization reads the group sizes, and those in a group once more.
+    sizes_read = 2 * 4 * 3 if kind in RAGGED else 0
+    assert read <= report.bytes_read <= read + sizes_read
+
+
+def test_no_kernel_spills():
+    for image in ("quantize_rows", "quantize_columns", "quantize_weight"):
+        text = (_ffi.image_directory() / f"{image}.ptxas.txt").read_text()
+        assert text.count("0 bytes spill stores, 0 bytes spill loads") == text.count(
+            "Compiling entry"
+        )
+        assert "Compiling entry" in text

@@ -3,6 +3,7 @@
     python benchmarks/gemm_bench.py build DIR          cubins and the planner (needs nvcc and g++)
     python benchmarks/gemm_bench.py check DIR          every kind and configuration against float64
     python benchmarks/gemm_bench.py time DIR [--shapes dense,wgrad,...] [--json FILE]
+    ncu ... python benchmarks/gemm_bench.py profile DIR --case 1d2d,4096,4096,7168,9
 
 Kernels are launched through libcuda with the launch that csrc/host/gemm.cc plans, so what is
 measured is device code and nothing else. `check` runs each group of cases in a process of its own
@@ -688,18 +689,35 @@ def measure(folder: Path, shapes: list[str], path: Path | None, repeats: int):
         path.write_text(json.dumps(results, indent=1))
 
 
+def profile(folder: Path, case: str):
+    """Launches one case twice, for a profiler."""
+    import torch
+
+    kind, *numbers = case.split(",")
+    m, n, k, config = map(int, numbers)
+    out = "float32" if kind == "1d1d" else "bfloat16"
+    problem, driver = Problem(kind, m, n, k, out=out), Driver(folder)
+    launch = driver.prepare(kind, m, n, k, 1, problem.operands(), config=config)
+    launch()
+    launch()
+    torch.cuda.synchronize()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=("build", "check", "time"))
+    parser.add_argument("command", choices=("build", "check", "time", "profile"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", help="check: one group, in this process")
     parser.add_argument("--limit", type=float, default=60, help="check: seconds a group")
     parser.add_argument("--shapes", default="dense,small,wgrad,accum,grouped,grouped_wgrad,masked")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--json", type=Path, help="time: write every figure here")
+    parser.add_argument("--case", help="profile: kind,m,n,k,config")
     args = parser.parse_args()
     if args.command == "build":
         build(args.folder)
+    elif args.command == "profile":
+        profile(args.folder, args.case)
     elif args.command == "check":
         sys.exit(1 if check(args.folder, args.only, args.limit) else 0)
     else:

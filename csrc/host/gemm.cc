@@ -19,7 +19,7 @@ struct Config {
   int cluster_m, cluster_n;  // CTAs along M (they share rhs blocks) and N (they share lhs blocks)
 };
 
-constexpr std::array<Config, 10> kBlockScaleConfigs = {{
+constexpr std::array<Config, 13> kBlockScaleConfigs = {{
     {64, 32, 1, 1},
     {64, 64, 1, 1},
     {64, 128, 1, 1},
@@ -30,9 +30,12 @@ constexpr std::array<Config, 10> kBlockScaleConfigs = {{
     {128, 192, 2, 1},
     {256, 128, 1, 1},
     {256, 128, 1, 2},
+    {128, 128, 2, 2},
+    {256, 128, 2, 1},
+    {128, 192, 1, 2},
 }};
 
-constexpr std::array<Config, 8> kOuterScaleConfigs = {{
+constexpr std::array<Config, 11> kOuterScaleConfigs = {{
     {64, 64, 1, 1},
     {128, 128, 1, 1},
     {128, 128, 2, 1},
@@ -41,6 +44,9 @@ constexpr std::array<Config, 8> kOuterScaleConfigs = {{
     {128, 192, 2, 1},
     {256, 128, 1, 1},
     {256, 128, 1, 2},
+    {128, 128, 2, 2},
+    {256, 128, 2, 1},
+    {128, 192, 1, 2},
 }};
 
 bool has_outer_scales(Kind kind) { return kind == Kind::k1d1d || kind == Kind::kGroupedWgrad; }

@@ -20,10 +20,11 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t bar) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
 
-// mbarrier.arrive on a barrier of any CTA of the cluster; `bar` comes from mapa().
+// mbarrier.arrive on a barrier of any CTA of the cluster; `bar` comes from mapa(). Of the default
+// scope: a release to the whole cluster costs a GPU-wide memory barrier, and the slots that these
+// arrivals free have been read, which orders nothing but the arrival itself.
 __device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t bar) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(bar)
-               : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(bar) : "memory");
 }
 
 // mbarrier.arrive.expect_tx: one arrival, and `bytes` more for the phase to wait for.

@@ -251,13 +251,18 @@ def fma32(a, b, c):
     total = product + c
     bits = total.view(u64)
     if ((bits & _TIE_MASK) == _TIE).any() or ((bits & _MAGNITUDE) - _ONE64 < _TINY).any():
-        wide = np.broadcast_to(c, total.shape).astype(f64)
-        back = total - product
-        error = (product - (total - back)) + (wide - back)  # two-sum: total + error is exact
-        fix = (error != 0) & np.isfinite(total) & ((bits & _ONE64) == 0)
-        towards = np.where(error > 0, np.inf, -np.inf)
-        total = np.where(fix, np.nextafter(total, towards), total)
+        total = _sum_to_odd(product, np.broadcast_to(c, total.shape).astype(f64))
     return total.astype(f32)
+
+
+def _sum_to_odd(a, b):
+    """a + b in float64, rounded to odd: a second rounding to fewer bits is then right."""
+    total = a + b
+    back = total - a
+    error = (a - (total - back)) + (b - back)  # Knuth's two-sum: total + error is exact
+    fix = (error != 0) & np.isfinite(total) & ((total.view(u64) & _ONE64) == 0)
+    towards = np.where(error > 0, np.inf, -np.inf)
+    return np.where(fix, np.nextafter(total, towards), total)
 
 
 def unordered(compare, a, b):
@@ -335,7 +340,7 @@ def divide_approx(a, b):
 
 def saturate(x):
     """.sat of a float: clamp to [0, 1], NaN becomes +0."""
-    return np.where(np.isnan(x), x.dtype.type(0), np.clip(x, 0, 1)).astype(x.dtype)
+    return np.where(x > 0, np.minimum(x, 1), 0).astype(x.dtype)
 
 
 def copysign(sign_of, magnitude):
@@ -479,8 +484,8 @@ def unpack_fp8(kind, pair):
 def half_arithmetic(operation, kind, *operands):
     """add, sub, mul, fma, min, max, neg, abs of f16, bf16, f16x2, bf16x2.
 
-    float64 holds every intermediate result of these exactly or to far more than twice their
-    precision, so that one conversion rounds once.
+    Products are exact in float64, and sums are rounded to odd there, so that the conversion to the
+    result rounds once.
     """
     lanes = 2 if kind.endswith("x2") else 1
     brain = kind.startswith("bf")
@@ -511,15 +516,15 @@ def _f64_to_bf16(x):
 
 
 _HALF = {
-    "add": lambda a, b: a + b,
-    "sub": lambda a, b: a - b,
+    "add": _sum_to_odd,
+    "sub": lambda a, b: _sum_to_odd(a, -b),
     "mul": lambda a, b: a * b,
-    "fma": lambda a, b, c: a * b + c,
-    "min": np.fmin,
-    "max": np.fmax,
-    "min_nan": np.minimum,
-    "max_nan": np.maximum,
-    "fma_relu": lambda a, b, c: np.maximum(a * b + c, 0),
+    "fma": lambda a, b, c: _sum_to_odd(a * b, c),
+    "min": fmin,
+    "max": fmax,
+    "min_nan": fmin_nan,
+    "max_nan": fmax_nan,
+    "fma_relu": lambda a, b, c: np.maximum(_sum_to_odd(a * b, c), 0),
     "neg": lambda a: -a,
     "abs": np.abs,
     "tanh": np.tanh,

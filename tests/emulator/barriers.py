@@ -118,8 +118,8 @@ class Barrier(Special):
         if warp in barrier.arrived:
             issue.fault(BarrierMisuse, f"a second arrival at {barrier!r} in one phase")
         barrier.arrived.append(warp)
-        np.maximum(barrier.seen, warp.seen, barrier.seen)
-        np.maximum(barrier.proxied, warp.proxied, barrier.proxied)
+        np.maximum(barrier.seen, warp.seen, out=barrier.seen)
+        np.maximum(barrier.proxied, warp.proxied, out=barrier.proxied)
         if self.action == "red":
             barrier.votes.append(issue.value(self.vote)[warp.alive])
         if self.action == "arrive":
@@ -175,8 +175,8 @@ class ClusterBarrier:
             issue.fault(BarrierMisuse, "barrier.cluster.arrive twice without a wait")
         warp.cluster_arrival = self.round + 1
         if not relaxed:
-            np.maximum(self.seen, warp.seen, self.seen)
-            np.maximum(self.proxied, warp.proxied, self.proxied)
+            np.maximum(self.seen, warp.seen, out=self.seen)
+            np.maximum(self.proxied, warp.proxied, out=self.proxied)
             warp.tick()
         self.try_release()
 

@@ -372,7 +372,7 @@ def _minmax(o: Operands) -> list[str]:
         return [f"copyto({o.dst(0, 'b32')}, {call}$W)"]
     _need(o, kind, *_INTEGERS)
     o.allow(kind)
-    return [f"{mods[0]}imum({o.src(1, kind)}, {o.src(2, kind)}, {o.dst(0, kind)}$W)"]
+    return [f"{mods[0]}imum({o.src(1, kind)}, {o.src(2, kind)}, out={o.dst(0, kind)}$W)"]
 
 
 @_emits("neg", "abs")

@@ -309,7 +309,8 @@ def launch(
         seed,
         check_races,
     )
-    return running.run()
+    with np.errstate(all="ignore"):
+        return running.run()
 
 
 def _memory_of(args: Sequence[Any]) -> Memory:

@@ -79,8 +79,8 @@ class Warp:
     def join_clock(self, seen: np.ndarray, proxied: np.ndarray):
         """Acquire: everything ordered before those clocks is ordered before me."""
         cluster = self.cluster
-        np.maximum(cluster.seen[self.index], seen, cluster.seen[self.index])
-        np.maximum(cluster.proxied[self.index], proxied, cluster.proxied[self.index])
+        np.maximum(cluster.seen[self.index], seen, out=cluster.seen[self.index])
+        np.maximum(cluster.proxied[self.index], proxied, out=cluster.proxied[self.index])
 
     @property
     def seen(self) -> np.ndarray:

@@ -71,8 +71,8 @@ class MBarrier:
 
     def release(self, seen: np.ndarray, proxied: np.ndarray):
         """What an arrival orders before the phase's completion."""
-        np.maximum(self.released, seen, self.released)
-        np.maximum(self.released_proxied, proxied, self.released_proxied)
+        np.maximum(self.released, seen, out=self.released)
+        np.maximum(self.released_proxied, proxied, out=self.released_proxied)
 
     def arrive(self, count: int, actor: str):
         if count > self.pending:

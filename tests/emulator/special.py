@@ -174,7 +174,7 @@ class Fence(Special):
     def execute(self, issue: Issue) -> bool:
         warp, cluster = issue.warp, issue.cluster
         if self.kind == "proxy":
-            np.maximum(warp.proxied, warp.seen, warp.proxied)
+            np.maximum(warp.proxied, warp.seen, out=warp.proxied)
             warp.tick()
         elif self.kind == "mbarrier_init":
             for barrier in issue.cta.mbarriers.values():

@@ -98,8 +98,8 @@ class Multiply:
         if self.seen is None:
             self.seen, self.proxied = warp.seen.copy(), warp.proxied.copy()
         else:
-            np.minimum(self.seen, warp.seen, self.seen)
-            np.minimum(self.proxied, warp.proxied, self.proxied)
+            np.minimum(self.seen, warp.seen, out=self.seen)
+            np.minimum(self.proxied, warp.proxied, out=self.proxied)
 
 
 class WarpgroupQueue:

@@ -1,20 +1,64 @@
-"""FP8 block-scaled products for JAX, with kernels for Hopper GPUs."""
+"""FP8 block-scaled products for JAX, with kernels for Hopper GPUs.
 
-from . import checkpoint_policies as checkpoint_policies
-from ._quantized_array import QuantizedArray as QuantizedArray
-from ._recipe import Recipe as Recipe
-from .kernels.gemm import gemm as gemm
-from .kernels.gemm import wgrad_gemm as wgrad_gemm
-from .kernels.grouped_gemm import grouped_gemm as grouped_gemm
-from .kernels.grouped_gemm import grouped_wgrad_gemm as grouped_wgrad_gemm
-from .kernels.grouped_gemm import masked_grouped_gemm as masked_grouped_gemm
-from .kernels.quantize import dequantize as dequantize
-from .kernels.quantize import quantize as quantize
-from .kernels.quantize import quantize_both as quantize_both
-from .kernels.quantize import quantize_weight as quantize_weight
-from .ops.dot_general import dot_general as dot_general
-from .ops.einsum import einsum as einsum
-from .ops.linear import linear as linear
-from .ops.ragged_dot import ragged_dot as ragged_dot
+Names are loaded at first use, so that the import costs a program that does not use them next to nothing. What cannot
+work, such as an extension built for a newer JAX, fails at import all the same.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import _ffi as _ffi
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from . import checkpoint_policies as checkpoint_policies
+    from ._quantized_array import QuantizedArray as QuantizedArray
+    from ._recipe import Recipe as Recipe
+    from .kernels.gemm import gemm as gemm
+    from .kernels.gemm import wgrad_gemm as wgrad_gemm
+    from .kernels.grouped_gemm import grouped_gemm as grouped_gemm
+    from .kernels.grouped_gemm import grouped_wgrad_gemm as grouped_wgrad_gemm
+    from .kernels.grouped_gemm import masked_grouped_gemm as masked_grouped_gemm
+    from .kernels.quantize import dequantize as dequantize
+    from .kernels.quantize import quantize as quantize
+    from .kernels.quantize import quantize_both as quantize_both
+    from .kernels.quantize import quantize_weight as quantize_weight
+    from .ops.dot_general import dot_general as dot_general
+    from .ops.einsum import einsum as einsum
+    from .ops.linear import linear as linear
+    from .ops.ragged_dot import ragged_dot as ragged_dot
+
+_MODULES = {
+    "QuantizedArray": "_quantized_array",
+    "Recipe": "_recipe",
+    "checkpoint_policies": "checkpoint_policies",
+    "dequantize": "kernels.quantize",
+    "dot_general": "ops.dot_general",
+    "einsum": "ops.einsum",
+    "gemm": "kernels.gemm",
+    "grouped_gemm": "kernels.grouped_gemm",
+    "grouped_wgrad_gemm": "kernels.grouped_gemm",
+    "linear": "ops.linear",
+    "masked_grouped_gemm": "kernels.grouped_gemm",
+    "quantize": "kernels.quantize",
+    "quantize_both": "kernels.quantize",
+    "quantize_weight": "kernels.quantize",
+    "ragged_dot": "ops.ragged_dot",
+    "wgrad_gemm": "kernels.gemm",
+}
+
+__all__ = [*sorted(_MODULES), "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'jaxfp8' has no attribute {name!r}")
+    module = importlib.import_module(f".{_MODULES[name]}", __name__)
+    value = module if name == _MODULES[name] else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

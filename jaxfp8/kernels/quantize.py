@@ -1,6 +1,6 @@
 """Quantization to FP8 with one scale per 1x128 or 128x128 block.
 
-The arithmetic is fixed to the bit (docs/numerics.md): the CUDA kernels, the operations below and NumPy agree.
+The arithmetic is fixed to the bit (docs/architecture.md, "Quantization, exactly"): the CUDA kernels, the operations below and NumPy agree.
 """
 
 from __future__ import annotations

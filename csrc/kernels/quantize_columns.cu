@@ -196,6 +196,21 @@ __device__ void find_token_block(const int32_t* group_sizes, int64_t g, int64_t 
   }
 }
 
+// Writes a tile of the token axis that no row of x belongs to.
+__device__ void store_empty(const Region& region, int alignment) {
+  if (threadIdx.x < region.columns) region.out.column_scale[threadIdx.x] = 1.0f;
+  if (alignment == 16) {
+    for (int i = threadIdx.x; i < region.columns * kBlock / 16; i += blockDim.x) {
+      int column = i / (kBlock / 16), token = i % (kBlock / 16) * 16;
+      *reinterpret_cast<uint4*>(region.out.column_data + column * region.column_pitch + token) = {};
+    }
+  } else {
+    for (int i = threadIdx.x; i < region.columns * kBlock; i += blockDim.x) {
+      region.out.column_data[i / kBlock * region.column_pitch + i % kBlock] = 0;
+    }
+  }
+}
+
 template <class In, class Out, bool kWithRows>
 __device__ void quantize_ragged(const uint8_t* x, const int32_t* group_sizes, const Outputs& out,
                                 int64_t g, int64_t m, int64_t k, bool pow2) {
@@ -221,7 +236,11 @@ __device__ void quantize_ragged(const uint8_t* x, const int32_t* group_sizes, co
     region.out.row_data = out.row_data + source.row * k + column;
     region.out.row_scale = out.row_scale + tile.column * m + source.row;
   }
-  quantize_region<In, Out, kWithRows>(region, out, x, pow2, shared);
+  if (region.rows == 0) {  // many tiles, when groups are small
+    store_empty(region, row_alignment(out.column_data, t));
+  } else {
+    quantize_region<In, Out, kWithRows>(region, out, x, pow2, shared);
+  }
 }
 
 }  // namespace jaxfp8::quantize

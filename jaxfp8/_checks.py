@@ -23,7 +23,9 @@ def names(dtypes) -> str:
 def array(function: str, name: str, x: Any, shape: str, dtypes=INPUT_DTYPES) -> jax.Array:
     """`x` as a JAX array with the rank of `shape`, such as "(M, K)"; "(..., M, K)" is a least rank."""
     if isinstance(x, QuantizedArray):
-        raise TypeError(f"{function}: {name} is a QuantizedArray; allowed: an array of {names(dtypes)}")
+        raise TypeError(
+            f"{function}: {name} is a QuantizedArray; allowed: an array of {names(dtypes)}"
+        )
     if not (hasattr(x, "shape") and hasattr(x, "dtype")):
         raise TypeError(
             f"{function}: {name} is a {type(x).__name__}; allowed: an array of {names(dtypes)}"
@@ -41,10 +43,14 @@ def array(function: str, name: str, x: Any, shape: str, dtypes=INPUT_DTYPES) -> 
 def group_sizes(function: str, name: str, sizes: Any, groups: int | None = None) -> jax.Array:
     """int32 (G,)."""
     if not (hasattr(sizes, "shape") and hasattr(sizes, "dtype")):
-        raise TypeError(f"{function}: {name} is a {type(sizes).__name__}; allowed: an int32 array (G,)")
+        raise TypeError(
+            f"{function}: {name} is a {type(sizes).__name__}; allowed: an int32 array (G,)"
+        )
     sizes = jnp.asarray(sizes)
     if not jnp.issubdtype(sizes.dtype, jnp.integer):
-        raise TypeError(f"{function}: {name} has dtype {sizes.dtype.name}; allowed: an integer type")
+        raise TypeError(
+            f"{function}: {name} has dtype {sizes.dtype.name}; allowed: an integer type"
+        )
     if sizes.ndim != 1:
         raise ValueError(f"{function}: {name} has shape {sizes.shape}; allowed: (G,)")
     if sizes.shape[0] == 0:

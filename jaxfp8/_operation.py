@@ -96,9 +96,9 @@ class Operation:
 
     def __call__(self, *arrays, call: Call):
         # In shard_map a weight that does not vary becomes one that does; transposing that cast sums its gradient.
-        arrays = match_varying(arrays)
-        jaxpr = self.body.trace(*arrays, call=call).jaxpr  # kept by jit: equal calls share one
-        return self.primitive.bind(*arrays, call=call, jaxpr=jaxpr)
+        alike = match_varying(arrays)
+        jaxpr = self.body.trace(*alike, call=call).jaxpr  # kept by jit: equal calls share one
+        return self.primitive.bind(*alike, call=call, jaxpr=jaxpr)
 
     def _lower(self, ctx, *operands, call, jaxpr):
         return mlir.lower_fun(jaxpr_as_fun(jaxpr), multiple_results=True)(ctx, *operands)

@@ -115,7 +115,7 @@ def sharding_rule(call: Call, sizes) -> SdyShardingRule:
         return tuple(ArrayMapping(*map(one, dims)) for dims in all_dims)
 
     block_sizes = {f"{factor[n]}i": BLOCK for n in whole}
-    return SdyShardingRule(mapping(call.ins), mapping(call.outs), **block_sizes)
+    return SdyShardingRule(mapping(call.ins), mapping(call.outs), **block_sizes)  # type: ignore[arg-type]
 
 
 def _reduce(y, *, axes, scatter, shards):
@@ -138,7 +138,7 @@ reduce_shards = Leaf("jaxfp8_reduce_shards", _reduce, types=_reduce_types)
 class Kernel(Operation):
     """An operation on quantized data: `local(*arrays, call=...)` computes one shard, the rest follows from the names.
 
-  XX
+    XX
 
     **Arguments:** as `Operation`, and `pinned`: names that are never sharded.
     """
@@ -150,9 +150,7 @@ class Kernel(Operation):
             return tuple(local(*arrays, call=call))
 
         self.partitioned = custom_partitioning(whole, static_argnums=(0,))
-        self.partitioned.def_partition(
-            partition=self._partition, sharding_rule=self._sharding_rule
-        )
+        self.partitioned.def_partition(partition=self._partition, sharding_rule=self._sharding_rule)
         super().__init__(name, self._dispatch, together=together)
 
     def _dispatch(self, *arrays, call):
@@ -170,13 +168,13 @@ class Kernel(Operation):
         """The function of one shard: the local kernel, then the sum over shards, in float32."""
 
         def run(*arrays):
-            arrays = match_varying(arrays)
+            alike = match_varying(arrays)
             if not (plan.sum or plan.scatter):
-                return tuple(self.local(*arrays, call=call))
+                return tuple(self.local(*alike, call=call))
             exact = call.with_attribute("out_dtype", np.dtype("float32"))
             is_accum = [dims == call.outs[0] for dims in call.ins]
-            accum = [x for x, c in zip(arrays, is_accum, strict=True) if c]
-            factors = [x for x, c in zip(arrays, is_accum, strict=True) if not c]
+            accum = [x for x, c in zip(alike, is_accum, strict=True) if c]
+            factors = [x for x, c in zip(alike, is_accum, strict=True) if not c]
             ins = tuple(dims for dims, c in zip(call.ins, is_accum, strict=True) if not c)
             (y,) = self.local(*factors, call=exact._replace(ins=ins))
             if plan.scatter:
@@ -196,7 +194,7 @@ class Kernel(Operation):
         given = axes_by_name(call.ins, specs)
         wanted = {n: [axes] for n, axes in call.wanted}
         plan = make_plan(mesh, call, call.sizes(arrays), given, wanted, self.pinned)
-        arrays = [
+        placed = [
             jax.sharding.reshard(x, NamedSharding(mesh, s))
             for x, s in zip(arrays, plan.ins, strict=True)
         ]
@@ -209,7 +207,7 @@ class Kernel(Operation):
             out_specs=tuple(plan.outs),
             axis_names=names,
         )
-        return list(run(*arrays))
+        return list(run(*placed))
 
     def _partition(self, call, mesh, operands, results):
         results = results if isinstance(results, (tuple, list)) else [results]

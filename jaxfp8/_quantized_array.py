@@ -65,4 +65,6 @@ class QuantizedArray:
             return f"{jnp.dtype(x.dtype).name}[{','.join(map(str, x.shape))}]"
 
         rows, columns = self.block
-        return f"QuantizedArray({text(self.data)}, scale={text(self.scale)}, block={rows}x{columns})"
+        return (
+            f"QuantizedArray({text(self.data)}, scale={text(self.scale)}, block={rows}x{columns})"
+        )

@@ -99,9 +99,13 @@ def check_num_sms(function: str, num_sms: Any) -> None:
     if num_sms is None:
         return
     if isinstance(num_sms, bool) or not isinstance(num_sms, (int, np.integer)):
-        raise TypeError(f"{function}: num_sms is {num_sms!r}; allowed: a positive int, or None for all")
+        raise TypeError(
+            f"{function}: num_sms is {num_sms!r}; allowed: a positive int, or None for all"
+        )
     if num_sms < 1:
-        raise ValueError(f"{function}: num_sms is {num_sms}; allowed: a positive int, or None for all")
+        raise ValueError(
+            f"{function}: num_sms is {num_sms}; allowed: a positive int, or None for all"
+        )
 
 
 class _Blocks(threading.local):

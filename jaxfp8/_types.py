@@ -49,7 +49,7 @@ def result_type(shape, dtype, operands, summed=()):
 
 
 def match_varying(arrays) -> list:
-    """The arrays, cast to vary in the same manual axes: shard_map(check_vma=True) asks this of one primitive's operands."""
+    """The arrays, cast to vary in the same manual axes, as shard_map(check_vma=True) asks of operands."""
     union = varying(*map(jax.typeof, arrays))
     missing = [tuple(sorted(union - varying(jax.typeof(x)))) for x in arrays]
     return [lax.pcast(x, m, to="varying") if m else x for x, m in zip(arrays, missing, strict=True)]

@@ -93,7 +93,9 @@ def test_linear_follows_its_recipe(recipe):
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
 def test_linear_in_half_precision_equals_the_composition_to_one_rounding(dtype):
-    x, w, dy = (v.astype(dtype) for v in (normal(0, 60, 200), normal(1, 200, 70), normal(2, 60, 70)))
+    x, w, dy = (
+        v.astype(dtype) for v in (normal(0, 60, 200), normal(1, 200, 70), normal(2, 60, 70))
+    )
     got = train(jaxfp8.linear)(x, w, dy)
     assert {v.dtype for v in got} == {np.dtype(dtype)}
     assert_all_close(got, composed(x, w, dy), BF16)
@@ -131,7 +133,7 @@ def test_only_one_gradient_is_asked_for():
     assert oracle.error(only_x, dx) <= F32 and oracle.error(only_w, dw) <= F32
 
 
-# --- dot_general and einsum -------------------------------------------------------------------------------------------
+# --- dot_general and einsum -----------------------------------------------------------------------
 
 DIMENSIONS = {
     "matrix": ((60, 130), (130, 70), (((1,), (0,)), ((), ()))),
@@ -231,13 +233,15 @@ def test_the_second_operand_of_einsum_is_the_weight(spec):
         "becd,edf->becf": (((3,), (1,)), ((1,), (0,))),
         "ab,bc->ca": (((1,), (0,)), ((), ())),
     }[spec]
-    order = {"btd,dhk->bthk": (0, 1, 2, 3), "becd,edf->becf": (1, 0, 2, 3), "ab,bc->ca": (1, 0)}[spec]
+    order = {"btd,dhk->bthk": (0, 1, 2, 3), "becd,edf->becf": (1, 0, 2, 3), "ab,bc->ca": (1, 0)}[
+        spec
+    ]
     plain = np.asarray(jax.lax.dot_general(x, w, dims))
     want = composed_dot_general(x, w, dims, np.zeros_like(plain))[0].transpose(order)
     assert oracle.error(jax.jit(jaxfp8.einsum, static_argnums=0)(spec, x, w), want) <= F32
 
 
-# --- ragged_dot -------------------------------------------------------------------------------------------------------
+# --- ragged_dot -----------------------------------------------------------------------------------
 
 
 def composed_ragged(x, w, sizes, dy):

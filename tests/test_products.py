@@ -177,7 +177,9 @@ def test_grouped_wgrad_gemm_equals_float64_per_group(groups):
     m, sizes = GROUPS[groups]
     device_sizes = jnp.asarray(sizes, jnp.int32)
     x, dy = normal(0, m, 130), normal(1, m, 72)
-    (_, columns), (_, dy_columns) = (jaxfp8.quantize_both(v, group_sizes=device_sizes) for v in (x, dy))
+    (_, columns), (_, dy_columns) = (
+        jaxfp8.quantize_both(v, group_sizes=device_sizes) for v in (x, dy)
+    )
     want = oracle.grouped_wgrad_gemm(columns, dy_columns, sizes, m)
     got = jaxfp8.grouped_wgrad_gemm(columns, dy_columns, device_sizes)
     assert got.dtype == jnp.float32

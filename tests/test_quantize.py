@@ -55,7 +55,9 @@ KINDS = ("normal", "magnitudes", "tiny", "zeros", "subnormal", "nonfinite", "hal
 
 @settings(max_examples=60, deadline=None)
 @given(
-    shape=st.tuples(st.integers(1, 1000), st.integers(1, 1000)).filter(lambda s: s[0] * s[1] < 90_000),
+    shape=st.tuples(st.integers(1, 1000), st.integers(1, 1000)).filter(
+        lambda s: s[0] * s[1] < 90_000
+    ),
     kind=st.sampled_from(KINDS),
     dtype=st.sampled_from(INPUTS),
     fmt=st.sampled_from(FORMATS),
@@ -87,7 +89,16 @@ def test_every_quantizer_equals_numpy_bit_for_bit(kind, dtype, fmt):
 
 @pytest.mark.parametrize(
     "sizes",
-    [[131], [0, 131, 0], [1, 127, 0, 2, 1], [128, 3], [20, 30], [100, 100, 100], [-5, 40, 9], [0, 0]],
+    [
+        [131],
+        [0, 131, 0],
+        [1, 127, 0, 2, 1],
+        [128, 3],
+        [20, 30],
+        [100, 100, 100],
+        [-5, 40, 9],
+        [0, 0],
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("kind", ["normal", "nonfinite"])

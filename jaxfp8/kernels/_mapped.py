@@ -26,8 +26,6 @@ def mapped(local):
             return run(*inner, call=call._replace(ins=ins, outs=outs))
 
         ys = lax.map(one, [x for x, a in zip(moved, axes, strict=True) if a is not None])
-        return [
-            jnp.moveaxis(y, 0, dims.index(new)) for y, dims in zip(ys, call.outs, strict=True)
-        ]
+        return [jnp.moveaxis(y, 0, dims.index(new)) for y, dims in zip(ys, call.outs, strict=True)]
 
     return run

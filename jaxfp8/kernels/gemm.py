@@ -19,9 +19,9 @@ from .._quantized_array import QuantizedArray
 from .._recipe import check_num_sms, current_recipe
 from .quantize import ROW, ROW_SCALE, SQUARE, Named, dequantize_blocks
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Leaves: (1 or G, M, K) . (G, N, K) -> (G, M, N)
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 TMA_STRIDE = 16
 """Bytes of which a row of FP8 data must be a multiple for the tensor copy engine (cuTensorMapEncodeTiled)."""
@@ -54,6 +54,16 @@ def _reference(rhs_block):
     return reference
 
 
+def _pad_rows(data):
+    """FP8 data with zeros after each row, up to the copy engine's stride."""
+    pad = -data.shape[-1] % TMA_STRIDE
+    if not pad:
+        return data
+    bits = lax.bitcast_convert_type(data, jnp.uint8)
+    bits = jnp.pad(bits, [(0, 0)] * (data.ndim - 1) + [(0, pad)])
+    return lax.bitcast_convert_type(bits, data.dtype)
+
+
 def product_call(name, reference, scale_operands):
     """The custom call of a product.
 
@@ -67,29 +77,24 @@ def product_call(name, reference, scale_operands):
         )
         if any(0 in v.shape for v in (*operands, result)):
             return [add_accum(jnp.zeros(result.shape, jnp.float32), accum, out_dtype)]
-        operands = list(operands)
-        for i in (0, 2):
-            pad = -operands[i].shape[-1] % TMA_STRIDE
-            if pad:
-                widths = [(0, 0)] * (operands[i].ndim - 1) + [(0, pad)]
-                bits = lax.bitcast_convert_type(operands[i], jnp.uint8)
-                operands[i] = lax.bitcast_convert_type(jnp.pad(bits, widths), operands[i].dtype)
+        padded = [_pad_rows(v) if i in (0, 2) else v for i, v in enumerate(operands)]
         layouts = [
             ROW_SCALE[v.ndim] if i in scale_operands else tuple(range(v.ndim))
-            for i, v in enumerate(operands)
+            for i, v in enumerate(padded)
         ]
         call = jax.ffi.ffi_call(
             _ffi.target(f"{name}_accum" if accum else name),
             [result],
             input_layouts=layouts,
-            input_output_aliases={len(operands) - 1: 0} if accum else {},
+            input_output_aliases={len(padded) - 1: 0} if accum else {},
         )
-        return call(*operands, config=np.int32(-1), num_sms=np.int32(num_sms))
+        return call(*padded, config=np.int32(-1), num_sms=np.int32(num_sms))
 
     return custom_call
 
 
 def product_leaf(name, reference, scale_operands):
+    """The leaf of a product; see `product_call`."""
     custom_call = product_call(name, reference, scale_operands)
     return Leaf(f"jaxfp8_{name}_leaf", reference, custom_call)
 
@@ -98,9 +103,9 @@ gemm_1d2d_leaf = product_leaf("gemm_1d2d", _reference(SQUARE), (1,))
 gemm_1d1d_leaf = product_leaf("gemm_1d1d", _reference(ROW), (1, 3))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Kernel: any product of named dimensions
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def _gemm_local(lhs, lhs_scale, rhs, rhs_scale, *accum, call):
@@ -141,12 +146,13 @@ gemm_kernel = Kernel("jaxfp8_gemm", _gemm_local, together=((0, 1), (2, 3)))
 
 
 def product_attributes(out_dtype, num_sms) -> tuple:
+    """Parameters of a product's leaf; `num_sms` 0 is all of them."""
     return (("num_sms", num_sms or 0), ("out_dtype", np.dtype(out_dtype)))
 
 
 def product(lhs: Named, rhs: Named, out, out_dtype, *, num_sms=None, accum=None, wanted=()):
     """The product of two named quantized arrays, summed over the names that `out` lacks."""
-    ins = (lhs.dims, lhs.scale_dims, rhs.dims, rhs.scale_dims)
+    ins: tuple[tuple[str, ...], ...] = (lhs.dims, lhs.scale_dims, rhs.dims, rhs.scale_dims)
     operands = [lhs.array.data, lhs.array.scale, rhs.array.data, rhs.array.scale]
     if accum is not None:
         ins, operands = (*ins, out), [*operands, accum]
@@ -155,9 +161,9 @@ def product(lhs: Named, rhs: Named, out, out_dtype, *, num_sms=None, accum=None,
     return gemm_kernel(*operands, call=call)[0].astype(out_dtype)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Public functions
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def check_accum(function, accum, shape, out_dtype, default):
@@ -167,13 +173,16 @@ def check_accum(function, accum, shape, out_dtype, default):
     accum = checks.array(function, "accum", accum, "(...)", checks.OUTPUT_DTYPES)
     out_dtype = checks.output_dtype(function, "out_dtype", out_dtype or accum.dtype)
     if accum.dtype != out_dtype:
-        raise TypeError(f"{function}: accum has dtype {accum.dtype.name}; allowed: {out_dtype.name}")
+        raise TypeError(
+            f"{function}: accum has dtype {accum.dtype.name}; allowed: {out_dtype.name}"
+        )
     if accum.shape != shape:
         raise ValueError(f"{function}: accum has shape {accum.shape}; allowed: {shape}")
     return accum, out_dtype
 
 
 def resolve_num_sms(function, num_sms):
+    """The argument, else the recipe's."""
     check_num_sms(function, num_sms)
     return current_recipe(function).num_sms if num_sms is None else num_sms
 
@@ -208,6 +217,8 @@ def gemm(
     checks.same("gemm", "K", "lhs", lhs.shape[-1], "rhs", rhs.shape[-1])
     if rhs.ndim > 3:
         raise ValueError(f"gemm: rhs has shape {rhs.shape}; allowed: (N, K) or (G, N, K)")
+    left: tuple[str, ...]
+    right: tuple[str, ...]
     if rhs.ndim == 3:
         if lhs.ndim != 3:
             raise ValueError(
@@ -260,6 +271,7 @@ def wgrad_gemm(
 
 
 def name_dims(q: QuantizedArray, dims) -> Named:
+    """A user's quantized array with names for its dimensions."""
     last = (dims[-1] + "/",)
     square = q.block[0] == BLOCK
     scale_dims = dims[:-2] + (dims[-2] + "/",) + last if square else dims[:-1] + last

@@ -24,9 +24,9 @@ from .gemm import (
 )
 from .quantize import ROW, SQUARE, Named, dequantize_blocks
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # References: loops over tiles with work, in memory that does not grow with groups times tokens
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def _walk_tiles(tiles, body, init):
@@ -98,9 +98,9 @@ masked_grouped_gemm_leaf = product_leaf("masked_grouped_gemm", _reference_masked
 grouped_wgrad_gemm_leaf = product_leaf("grouped_wgrad_gemm", _reference_wgrad, (1, 3))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Kernels: named dimensions
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def _local(leaf):
@@ -112,7 +112,10 @@ grouped_kernel = Kernel(
     "jaxfp8_grouped_gemm", _local(grouped_gemm_leaf), pinned=("m", "g"), together=_TOGETHER
 )
 masked_kernel = Kernel(
-    "jaxfp8_masked_grouped_gemm", _local(masked_grouped_gemm_leaf), pinned=("m",), together=_TOGETHER
+    "jaxfp8_masked_grouped_gemm",
+    _local(masked_grouped_gemm_leaf),
+    pinned=("m",),
+    together=_TOGETHER,
 )
 grouped_wgrad_kernel = Kernel(
     "jaxfp8_grouped_wgrad_gemm",
@@ -126,6 +129,7 @@ def grouped_product(
     kernel, lhs: Named, rhs: Named, sizes, sizes_dims, out, out_dtype, *, num_sms=None, accum=None
 ):
     """The product of two named quantized arrays and group sizes."""
+    ins: tuple[tuple[str, ...], ...]
     ins = (lhs.dims, lhs.scale_dims, rhs.dims, rhs.scale_dims, sizes_dims)
     operands = [lhs.array.data, lhs.array.scale, rhs.array.data, rhs.array.scale, sizes]
     if accum is not None:
@@ -135,9 +139,9 @@ def grouped_product(
     return kernel(*operands, call=call)[0].astype(out_dtype)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Public functions
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def _operands(function, lhs, lhs_shape, rhs):

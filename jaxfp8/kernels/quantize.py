@@ -1,6 +1,7 @@
 """Quantization to FP8 with one scale per 1x128 or 128x128 block.
 
-The arithmetic is fixed to the bit (docs/architecture.md, "Quantization, exactly"): the CUDA kernels, the operations below and NumPy agree.
+The arithmetic is fixed to the bit (docs/architecture.md, "Quantization, exactly"): the CUDA kernels, the operations
+below and NumPy agree.
 """
 
 from __future__ import annotations
@@ -42,16 +43,18 @@ class Format(NamedTuple):
 
 
 def forward_format(recipe: Recipe) -> Format:
+    """Format of activations and weights."""
     return Format(recipe.dtype, recipe.scale_format == "pow2")
 
 
 def gradient_format(recipe: Recipe) -> Format:
+    """Format of gradients."""
     return Format(recipe.grad_dtype, recipe.backward_scale_format == "pow2")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reference numerics
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 SMALLEST_NORMAL = np.float32(2.0**-126)
 NAN_CODE = np.uint8(0x7F)  # in both FP8 types
@@ -117,7 +120,9 @@ def _reference_columns(x, *, dtype, pow2):
 
 
 def _reference_both(x, *, dtype, pow2):
-    return _reference_rows(x, dtype=dtype, pow2=pow2) + _reference_columns(x, dtype=dtype, pow2=pow2)
+    return _reference_rows(x, dtype=dtype, pow2=pow2) + _reference_columns(
+        x, dtype=dtype, pow2=pow2
+    )
 
 
 def _reference_blocks(x, *, dtype, pow2):
@@ -150,9 +155,9 @@ def _reference_ragged_both(x, sizes, *, dtype, pow2):
     return rows + _reference_ragged_columns(x, sizes, dtype=dtype, pow2=pow2)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Custom calls: docs/architecture.md has the contract
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 ROW_SCALE = {2: (1, 0), 3: (2, 0, 1)}
 """M-major layouts of row scales by rank, major to minor."""
@@ -183,13 +188,15 @@ quantize_columns_leaf = _quantizer("quantize_columns", _reference_columns, (1,))
 quantize_both_leaf = _quantizer("quantize_both", _reference_both, (1, 3))
 quantize_blocks_leaf = _quantizer("quantize_blocks", _reference_blocks, ())
 quantize_weight_leaf = _quantizer("quantize_weight", _reference_weight, ())
-quantize_ragged_columns_leaf = _quantizer("quantize_ragged_columns", _reference_ragged_columns, (1,))
+quantize_ragged_columns_leaf = _quantizer(
+    "quantize_ragged_columns", _reference_ragged_columns, (1,)
+)
 quantize_ragged_both_leaf = _quantizer("quantize_ragged_both", _reference_ragged_both, (1, 3))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Kernels: any rank, named dimensions
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def _rows_local(x, *, call):
@@ -284,6 +291,7 @@ def _blocked(dims, rows=1):
 
 
 def named(data, scale, dims, block=ROW) -> Named:
+    """Data and scales of a kernel, with the names of their dimensions."""
     return Named(QuantizedArray(data, scale, block), dims, _blocked(dims, block[0]))
 
 
@@ -320,7 +328,10 @@ def rows_and_columns(x, dims, tokens, fmt: Format) -> tuple[Named, Named]:
     out = tuple(d for d in order[:-1] if d not in merged_tokens) + (order[-1],) + merged_tokens
     outs = (order, _blocked(order), out, _blocked(out))
     row, row_scale, column, column_scale = _bind(both_kernel, fmt, (order,), outs, merged)
-    row, row_scale = row.reshape(x.shape), row_scale.reshape(*x.shape[:-1], ceil_blocks(x.shape[-1]))
+    row, row_scale = (
+        row.reshape(x.shape),
+        row_scale.reshape(*x.shape[:-1], ceil_blocks(x.shape[-1])),
+    )
     return named(row, row_scale, dims), named(column, column_scale, out)
 
 
@@ -368,15 +379,13 @@ def ragged_rows_and_columns(x, dims, sizes, sizes_dims, fmt: Format) -> tuple[Na
     out = _ragged_dims(dims, sizes_dims)
     row_dims = out[:-2] + dims[-2:]
     outs = (row_dims, _blocked(row_dims), out, _blocked(out))
-    row, row_scale, data, scale = _bind(
-        ragged_both_kernel, fmt, (dims, sizes_dims), outs, x, sizes
-    )
+    row, row_scale, data, scale = _bind(ragged_both_kernel, fmt, (dims, sizes_dims), outs, x, sizes)
     return named(row, row_scale, row_dims), named(data, scale, out)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Public functions
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def _format(function, dtype, scale_format, recipe) -> Format:
@@ -447,7 +456,8 @@ def quantize_both(
     - `group_sizes`: int32 `(G,)`, rows of each group, or None. Negative sizes count as zero; groups are clipped to M.
     - `dtype`, `scale_format`, `recipe`: as `jaxfp8.quantize`.
 
-    **Returns:** `row`, data `(..., M, K)` in 1x128 blocks along K; `column`, data `(..., K, M)` in 1x128 blocks along M.
+    **Returns:** `row`, data `(..., M, K)` in 1x128 blocks along K; `column`, data `(..., K, M)` in 1x128 blocks along
+    M.
     With `group_sizes` the token axis of `column` is group-padded for `jaxfp8.grouped_wgrad_gemm`: data `(K, T)`,
     `T = 128 * (ceil(M/128) + G)`, each group starting at a multiple of 128, zeros between.
 
@@ -479,7 +489,8 @@ def quantize_weight(
     - `dtype`, `scale_format`, `recipe`: as `jaxfp8.quantize`.
 
     **Returns:** `w_nt`, data `(..., N, K)`, the right-hand operand of the forward product, and `w_nn`, data
-    `(..., K, N)`, that of the input gradient's. They hold the same numbers: each one's scales are the other's transposed.
+    `(..., K, N)`, that of the input gradient's. They hold the same numbers: each one's scales are the other's,
+    transposed.
 
     **Raises:** TypeError for a wrong dtype, ValueError for a wrong rank or scale format.
     """

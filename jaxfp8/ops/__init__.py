@@ -1,0 +1,1 @@
+"""Differentiable operations with the signatures of JAX's own."""

@@ -82,7 +82,8 @@ def dot_general(
     - `lhs`: the activation: float32, bfloat16 or float16, quantized in 1x128 blocks along its contracting axes, which
       are flattened in the order given.
     - `rhs`: the weight: likewise, in 128x128 blocks of its flattened contracting and free axes.
-    - `dimension_numbers`: `((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch))`, at least one contracting axis.
+    - `dimension_numbers`: `((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch))`; at least one axis is
+      contracted.
     - `precision`: None or DEFAULT. More is refused: an FP8 product has no higher precision.
     - `preferred_element_type`: dtype of the result; None is what lhs and rhs promote to.
     - `out_sharding`: a PartitionSpec or NamedSharding of the result, on meshes with explicit axes.

@@ -16,7 +16,9 @@ from .dot_general import dot_general
 def _expand(function, spec, lhs, rhs):
     """Labels of lhs, rhs and the output, ellipses written out as digits."""
     if not isinstance(spec, str):
-        raise TypeError(f"{function}: subscripts is a {type(spec).__name__}; allowed: a str, 'ab,bc->ac'")
+        raise TypeError(
+            f"{function}: subscripts is a {type(spec).__name__}; allowed: a str, 'ab,bc->ac'"
+        )
     text = spec.replace(" ", "")
     inputs, arrow, output = text.partition("->")
     terms = inputs.split(",")
@@ -38,7 +40,9 @@ def _expand(function, spec, lhs, rhs):
         spread.append(free)
     digits = "".join(chr(ord("0") + i) for i in range(max(spread)))
     if len(digits) > 10:
-        raise ValueError(f"{function}: subscripts {spec!r}: an ellipsis of {len(digits)} axes; allowed: 10")
+        raise ValueError(
+            f"{function}: subscripts {spec!r}: an ellipsis of {len(digits)} axes; allowed: 10"
+        )
 
     def write(term, free):
         return term.replace("...", digits[len(digits) - free :])

@@ -101,9 +101,7 @@ _ragged.defvjp(_ragged_fwd, _ragged_bwd)
 ragged_operation = Operation(
     "jaxfp8_ragged_dot",
     _ragged_body,
-    derivative=lambda call, x, w, sizes: _ragged(
-        call, (jax.typeof(x), jax.typeof(w)), x, w, sizes
-    ),
+    derivative=lambda call, x, w, sizes: _ragged(call, (jax.typeof(x), jax.typeof(w)), x, w, sizes),
 )
 
 

@@ -304,3 +304,58 @@ def test_nvcc_is_found_on_path_and_in_cuda_home(tmp_path):
     assert found(PATH=str(nvcc.parent)) == str(nvcc)
     assert found(CUDA_HOME=str(tmp_path)) == str(nvcc)
     assert found(CUDA_PATH=str(tmp_path)) == str(nvcc)
+
+
+def _cmake():
+    """A CMake that can configure the project here, and its generator's program."""
+    cmake = shutil.which("cmake", path=str(Path(sys.executable).parent)) or shutil.which("cmake")
+    if cmake is None or importlib.util.find_spec("nanobind") is None:
+        return None
+    version = re.search(r"(\d+)\.(\d+)", subprocess.check_output([cmake, "--version"], text=True))
+    return cmake if tuple(map(int, version.groups())) >= (3, 26) else None
+
+
+@pytest.mark.skipif(_cmake() is None, reason="needs CMake 3.26 and nanobind")
+@pytest.mark.skipif(not (shutil.which("make") and shutil.which("c++")), reason="needs a compiler")
+@pytest.mark.parametrize("cuda", ["off", "on", "auto", "maybe"])
+def test_a_build_without_kernels_says_so_or_fails(tmp_path, cuda):
+    (tmp_path / "cmake").symlink_to(ROOT / "cmake")
+    (tmp_path / "csrc").symlink_to(ROOT / "csrc")
+    (tmp_path / "CMakeLists.txt").write_text((ROOT / "CMakeLists.txt").read_text())
+    (tmp_path / "bin").mkdir()
+    for tool in ("make", "c++", "cc", "as", "ld", "ar", "ranlib", "uname"):
+        if path := shutil.which(tool):
+            (tmp_path / "bin" / tool).symlink_to(path)
+    nvcc = tmp_path / "toolkit" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\necho release 12.2, V12.2.140\n")
+    nvcc.chmod(0o755)
+
+    def configure(**environment):
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("CUDA_")}
+        return subprocess.run(
+            [
+                _cmake(),
+                "-G",
+                "Unix Makefiles",
+                f"-DPython_EXECUTABLE={sys.executable}",
+                "-S",
+                tmp_path,
+                "-B",
+                tmp_path / "build",
+            ],
+            env={**clean, "PATH": str(tmp_path / "bin"), "JAXFP8_CUDA": cuda, **environment},
+            capture_output=True,
+            text=True,
+        )
+
+    old = configure(CUDA_HOME=str(tmp_path / "toolkit"))
+    if cuda == "off":
+        assert "no kernels, because JAXFP8_CUDA=OFF" in old.stdout
+        assert old.returncode == 0
+    elif cuda == "maybe":
+        assert "JAXFP8_CUDA is MAYBE; allowed are ON, OFF and AUTO" in old.stderr
+    else:
+        assert old.returncode != 0
+        assert "nvcc 12.2.140 at" in old.stderr
+        assert "the kernels need 12.3" in " ".join(old.stderr.split())

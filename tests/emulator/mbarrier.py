@@ -46,6 +46,7 @@ class MBarrier:
         self.waiters: list[Warp] = []
         self.in_flight: list[object] = []
         self.clock = 0  # phases completed, in all lives
+        self.remote_arrivals: dict[int, int] = {}  # warp of another CTA: its clock at the last
         self.valid = False
 
     def initialize(self, count: int, warp: Warp):
@@ -74,6 +75,17 @@ class MBarrier:
         np.maximum(self.released, seen, out=self.released)
         np.maximum(self.released_proxied, proxied, out=self.released_proxied)
 
+    def check_end(self, seen: np.ndarray):
+        """At the end of the CTA, no arrival from another CTA may be on its way."""
+        for who, clock in self.remote_arrivals.items():
+            if clock > seen[who]:
+                self.cluster.fault(
+                    ExitedCta,
+                    f"{self.cta.name} may end before an arrival at its {self.name}",
+                    actor=self.cluster.agent(who),
+                    other=self.name,
+                )
+
     def arrive(self, count: int, actor: str):
         if count > self.pending:
             self.cluster.fault(
@@ -94,10 +106,10 @@ class MBarrier:
                 other=self.name,
             )
 
-    def complete_phase(self):
+    def complete_phase(self) -> bool:
         """Completes the current phase if nothing is pending."""
         if self.pending or self.transactions:
-            return
+            return False
         self.phase += 1
         self.clock += 1
         self.pending = self.expected
@@ -116,6 +128,7 @@ class MBarrier:
             if warp.blocked is self:
                 warp.blocked = None
         self.waiters.clear()
+        return True
 
     def check_visible(self, issue: Issue, asynchronous: bool = False):
         """Is the initialisation ordered before (and, for copies, visible to) this access?"""
@@ -217,6 +230,7 @@ class MBarrierInstruction(Special):
             return self._wait(issue, addresses)
         arguments = issue.value(self.argument) if self.argument else None
         state = np.zeros(32, np.uint64)
+        completed: set[MBarrier] = set()  # by earlier lanes of this instruction
         for lane in issue.lanes():
             rank, offset = shared_place(int(addresses[lane]))
             argument = int(arguments[lane]) if arguments is not None else None
@@ -240,12 +254,22 @@ class MBarrierInstruction(Special):
             elif argument is not None:
                 count = argument
             if self.action in ("arrive", "arrive_drop"):
+                if barrier in completed:
+                    issue.fault(
+                        BarrierMisuse,
+                        f"the arrivals of one instruction fall into two phases of {barrier!r}",
+                        other=barrier.name,
+                    )
                 barrier.arrive(count, issue.warp.name)
+                if barrier.cta is not issue.cta:
+                    own = issue.warp.index
+                    barrier.remote_arrivals[own] = int(issue.warp.seen[own])
                 if self.action == "arrive_drop":
                     barrier.expected -= count
                 if not self.relaxed:
                     barrier.release(issue.warp.seen, issue.warp.proxied)
-            barrier.complete_phase()
+            if barrier.complete_phase():
+                completed.add(barrier)
         if self.target is not None:
             issue.write(self.target, state)
         issue.warp.tick()

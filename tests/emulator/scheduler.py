@@ -385,6 +385,11 @@ class Scheduler:
         close_bulk_groups(warp, warp.bulk_committed + 1, read_only=False)
         if all(w.done for w in cta.warps):
             cta.exited = True
+            if cluster.check_races:
+                seen = cluster.seen[[w.index for w in cta.warps]].max(axis=0)
+                cta.shared.check_end(seen)
+                for barrier in cta.mbarriers.values():
+                    barrier.check_end(seen)
         for barrier in cta.named_barriers.values():
             if barrier.count is not None and barrier.whole_cta:
                 barrier.count = 32 * sum(not w.done for w in cta.warps)

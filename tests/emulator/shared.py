@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .errors import BarrierMisuse, MissingFence, OutOfBounds, Race, UninitializedRead
+from .errors import BarrierMisuse, ExitedCta, MissingFence, OutOfBounds, Race, UninitializedRead
 
 if TYPE_CHECKING:
     from .machine import Cluster, Warp
@@ -119,7 +119,7 @@ class SharedMemory:
                 Race,
                 "two warps write the same shared memory with nothing between them to order them",
                 actor=cluster.agent(int(who[bad])),
-                other=cluster.agent(int(self.writer[granules[bad]])),
+                other=f"{cluster.agent(int(self.writer[granules[bad]]))}, the same instruction",
                 offset=int(granules[bad]) * self.granule,
             )
 
@@ -214,6 +214,45 @@ class SharedMemory:
             self.writer[granules] = warp.index
             self.written[granules] = self.cluster.seen[warp.index, warp.index]
             self.site[granules] = self.cluster.at
+
+    # --- the end of the CTA ---
+
+    def check_end(self, seen: np.ndarray):
+        """At the end of the CTA, nobody may still access its shared memory.
+
+        seen: what some warp of the CTA has seen. Accesses by other CTAs and copies into this one
+        must be ordered before it, in every schedule.
+        """
+        if not self.checked:
+            return
+        cluster = self.cluster
+        first = cluster.ctas[self.rank].warps[0].index
+        last = first + cluster.warps_per_cta
+        foreign = (self.writer < first) | (self.writer >= last)
+        foreign &= self.writer < cluster.uninitialized
+        late = foreign & (self.written > seen.take(self.writer))
+        if late.any():
+            granule = int(np.flatnonzero(late)[0])
+            cluster.fault(
+                ExitedCta,
+                f"cta{self.rank} may end before a write to its shared memory offset "
+                f"{granule * self.granule:#x}",
+                actor=cluster.agent(int(self.writer[granule])),
+                at=max(int(self.site[granule]), -1 - int(self.site[granule])),
+                offset=granule * self.granule,
+            )
+        if cluster.size > 1:
+            others = [a for a in range(cluster.first_wgmma) if not first <= a < last]
+            pending = self.reads[:, others] > seen[others]
+            if pending.any():
+                granule, column = (int(i[0]) for i in np.nonzero(pending))
+                cluster.fault(
+                    ExitedCta,
+                    f"cta{self.rank} may end before a read of its shared memory offset "
+                    f"{granule * self.granule:#x}",
+                    actor=cluster.agent(others[column]),
+                    offset=granule * self.granule,
+                )
 
     # --- faults ---
 

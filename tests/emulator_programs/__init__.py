@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 
-from . import arithmetic, conversions, memory, warps
+from . import arithmetic, conversions, copies, matmul, memory, synchronization, warps
 from .program import Program
 
 
 @functools.cache
 def all_programs() -> tuple[Program, ...]:
-    modules = (arithmetic, conversions, warps, memory)
+    modules = (arithmetic, conversions, warps, memory, copies, synchronization, matmul)
     found = tuple(p for module in modules for p in module.programs())
     names = [p.name for p in found]
     assert len(set(names)) == len(names), [n for n in names if names.count(n) > 1]

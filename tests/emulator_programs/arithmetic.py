@@ -66,6 +66,10 @@ def value(kind: str, raw) -> Any:
     return raw
 
 
+# Bits of the fraction, the lowest and the highest exponent.
+_FORMATS = {"f32": (23, -126, 127), "f16": (10, -14, 15), "bf16": (7, -126, 127)}
+
+
 def round_to(kind: str, x) -> int:
     """An exact number (Fraction, or a float for infinities and NaN) rounded to nearest even."""
     if isinstance(x, float) and not math.isfinite(x):
@@ -75,9 +79,7 @@ def round_to(kind: str, x) -> int:
     if x == 0:
         return int(np.array([float(x)]).astype(_FLOATS[kind]).view(storage(kind))[0])
     x = Fraction(x)
-    fraction, lowest, highest = {"f32": (23, -126, 127), "f16": (10, -14, 15), "bf16": (7, -126, 127)}[
-        kind
-    ]  # fmt: skip
+    fraction, lowest, highest = _FORMATS[kind]
     sign, x = (1, -x) if x < 0 else (0, x)
     exponent = x.numerator.bit_length() - x.denominator.bit_length()
     if Fraction(2) ** exponent > x:
@@ -395,7 +397,8 @@ def programs() -> list[Program]:
             for base in ("neg", "abs"):
                 add(lanewise(f"{base}.{kind}", kind, [kind], _INTEGER[base]))
         opcode = f"shr.{kind}"
-        add(lanewise(opcode, kind, [kind, "u32"], integer_expected(opcode)))
+        shift = integer_expected(opcode)
+        add(lanewise(opcode, kind, [kind, "u32"], shift))
         for amount in (3, 40):
             target = f"{_REGISTER[bits_of(kind) // 8]}"
             add(
@@ -403,7 +406,7 @@ def programs() -> list[Program]:
                     f"{opcode} {amount}",
                     kind,
                     [kind],
-                    lambda a, n=amount, f=integer_expected(opcode): f(a, n),
+                    lambda a, n=amount, f=shift: f(a, n),
                     body=f"    {opcode} {target}0, {target}1, {amount};",
                 )
             )
@@ -417,14 +420,15 @@ def programs() -> list[Program]:
             add(lanewise(f"{base}.{kind}", kind, [kind], _INTEGER[base]))
         for base in ("shl", "shr"):
             opcode = f"{base}.{kind}"
-            add(lanewise(opcode, kind, [kind, "u32"], integer_expected(opcode)))
+            shift = integer_expected(opcode)
+            add(lanewise(opcode, kind, [kind, "u32"], shift))
             register = _REGISTER[int(bits) // 8]
             add(
                 lanewise(
                     f"{opcode} 5",
                     kind,
                     [kind],
-                    lambda a, f=integer_expected(opcode): f(a, 5),
+                    lambda a, f=shift: f(a, 5),
                     body=f"    {opcode} {register}0, {register}1, 5;",
                 )
             )
@@ -722,10 +726,13 @@ def _comparisons(add):
     add(lanewise("slct.b32.s32", "b32", ["b32", "b32", "s32"], lambda a, b, c: a if c >= 0 else b))
     add(lanewise("slct.b32.f32", "b32", ["b32", "b32", "f32"], lambda a, b, c: a if c >= 0 else b))
     for what, function in (
-        ("finite", math.isfinite), ("infinite", math.isinf), ("number", lambda x: not math.isnan(x)),
-        ("notanumber", math.isnan), ("normal", lambda x: math.isfinite(x) and abs(x) >= 2.0**-126),
+        ("finite", math.isfinite),
+        ("infinite", math.isinf),
+        ("number", lambda x: not math.isnan(x)),
+        ("notanumber", math.isnan),
+        ("normal", lambda x: math.isfinite(x) and abs(x) >= 2.0**-126),
         ("subnormal", lambda x: 0 < abs(x) < 2.0**-126),
-    ):  # fmt: skip
+    ):
         add(
             lanewise(
                 f"testp.{what}.f32", "u32", ["f32"], lambda a, f=function: int(f(a)),

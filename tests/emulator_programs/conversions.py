@@ -143,12 +143,28 @@ def programs() -> list[Program]:
                 lambda a, f=function: _integral(a, f), nan_is_nan=True,
             )
         )  # fmt: skip
-    add(lanewise("cvt.sat.f32.f32", "f32", ["f32"],
-                 lambda a: round_to("f32", Fraction(min(a, 1.0)) if a > 0 else Fraction(0))))  # fmt: skip
-    add(lanewise("cvt.f64.f32", "f64", ["f32"],
-                 lambda a: int(np.array([a], np.float64).view(np.uint64)[0]), nan_is_nan=True))  # fmt: skip
-    add(lanewise("cvt.rn.f32.f64", "f32", ["f64"], lambda a: round_to("f32", _exact(a)),
-                 nan_is_nan=True))  # fmt: skip
+    add(
+        lanewise(
+            "cvt.sat.f32.f32",
+            "f32",
+            ["f32"],
+            lambda a: round_to("f32", Fraction(min(a, 1.0)) if a > 0 else Fraction(0)),
+        )
+    )
+    add(
+        lanewise(
+            "cvt.f64.f32",
+            "f64",
+            ["f32"],
+            lambda a: int(np.array([a], np.float64).view(np.uint64)[0]),
+            nan_is_nan=True,
+        )
+    )
+    add(
+        lanewise(
+            "cvt.rn.f32.f64", "f32", ["f64"], lambda a: round_to("f32", _exact(a)), nan_is_nan=True
+        )
+    )
     _moves(add)
     return out
 

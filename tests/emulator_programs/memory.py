@@ -61,16 +61,22 @@ def programs() -> list[Program]:
     for tail in (".u32", ".v4.u32", ".u64"):
         add(_through_shared(tail, "shared::cta"))
         add(_through_shared(tail, "generic"))
-        add(_through_local(tail))
+    for kind in ("u16", "b16", "u32", "b32", "f32", "u64", "b64"):
+        for vector in ("", ".v2", ".v4"):
+            if vector == ".v4" and kind[1:] == "64":
+                continue
+            add(_through_local(f"{vector}.{kind}"))
     add(_copy("ld.relaxed.gpu.global.u32", "st.relaxed.gpu.global.u32", name="relaxed accesses"))
     add(_copy("ld.acquire.gpu.global.u32", "st.release.gpu.global.u32", name="ld.acquire"))
     add(_copy("ld.volatile.global.u32", "st.volatile.global.u32", name="volatile accesses"))
     add(
         _copy(
-            "ld.global.nc.L1::no_allocate.L2::128B.v4.u32", "st.global.v4.u32",
-            name="cache hints", middle="    fence.acq_rel.gpu;\n    membar.gl;\n    nanosleep.u32 20;",
+            "ld.global.nc.L1::no_allocate.L2::128B.v4.u32",
+            "st.global.v4.u32",
+            name="cache hints",
+            middle="    fence.acq_rel.gpu;\n    membar.gl;\n    nanosleep.u32 20;",
         )
-    )  # fmt: skip
+    )
     add(_widening())
     add(_parameters())
     add(_module_variables())
@@ -129,7 +135,7 @@ def _through_shared(tail: str, space: str) -> Program:
 
 def _through_local(tail: str) -> Program:
     kind = tail.split(".")[-1]
-    vector = 4 if ".v4" in tail else 1
+    vector = next((int(v[1]) for v in ("v2", "v4") if f".{v}." in tail), 1)
     registers = [f"{_REGISTER[kind[1:]]}{i + 1}" for i in range(vector)]
     operand = registers[0] if vector == 1 else "{" + ", ".join(registers) + "}"
     middle = f"""

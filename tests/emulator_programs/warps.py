@@ -224,17 +224,30 @@ DONE:
 
 def _special_registers(add):
     names = {
-        "%tid.x": lambda g, t: t % 8, "%tid.y": lambda g, t: t // 8 % 2, "%tid.z": lambda g, t: t // 16,
-        "%ntid.x": lambda g, t: 8, "%ntid.y": lambda g, t: 2, "%ntid.z": lambda g, t: 4,
-        "%ctaid.x": lambda g, t: g % 4, "%ctaid.y": lambda g, t: g // 4 % 2, "%ctaid.z": lambda g, t: 0,
-        "%nctaid.x": lambda g, t: 4, "%nctaid.y": lambda g, t: 2, "%nctaid.z": lambda g, t: 1,
-        "%laneid": lambda g, t: t % 32, "%warpid": lambda g, t: t // 32,
-        "%cluster_ctarank": lambda g, t: g % 2, "%cluster_nctarank": lambda g, t: 2,
-        "%clusterid.x": lambda g, t: g % 4 // 2, "%nclusterid.x": lambda g, t: 2,
-        "%cluster_ctaid.x": lambda g, t: g % 2, "%cluster_nctaid.x": lambda g, t: 2,
-        "%lanemask_lt": lambda g, t: (1 << t % 32) - 1, "%lanemask_eq": lambda g, t: 1 << t % 32,
+        "%tid.x": lambda g, t: t % 8,
+        "%tid.y": lambda g, t: t // 8 % 2,
+        "%tid.z": lambda g, t: t // 16,
+        "%ntid.x": lambda g, t: 8,
+        "%ntid.y": lambda g, t: 2,
+        "%ntid.z": lambda g, t: 4,
+        "%ctaid.x": lambda g, t: g % 4,
+        "%ctaid.y": lambda g, t: g // 4 % 2,
+        "%ctaid.z": lambda g, t: 0,
+        "%nctaid.x": lambda g, t: 4,
+        "%nctaid.y": lambda g, t: 2,
+        "%nctaid.z": lambda g, t: 1,
+        "%laneid": lambda g, t: t % 32,
+        "%warpid": lambda g, t: t // 32,
+        "%cluster_ctarank": lambda g, t: g % 2,
+        "%cluster_nctarank": lambda g, t: 2,
+        "%clusterid.x": lambda g, t: g % 4 // 2,
+        "%nclusterid.x": lambda g, t: 2,
+        "%cluster_ctaid.x": lambda g, t: g % 2,
+        "%cluster_nctaid.x": lambda g, t: 2,
+        "%lanemask_lt": lambda g, t: (1 << t % 32) - 1,
+        "%lanemask_eq": lambda g, t: 1 << t % 32,
         "%lanemask_le": lambda g, t: (2 << t % 32) - 1,
-    }  # fmt: skip
+    }
     for name, expected in names.items():
         text = kernel(
             "u64",

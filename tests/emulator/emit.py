@@ -905,24 +905,29 @@ def _unsigned_name(kind: str) -> str:
 
 @_emits("atom", "red")
 def _atom(o: Operands) -> list[str]:
-    mods, kind, space = o.instruction.mods, o.instruction.mods[-1], _space(o)
+    mods, kind, space, vector = o.instruction.mods, o.instruction.mods[-1], _space(o), _vector(o)
     operation = next((m for m in mods[1:] if m in _ATOMICS), None)
     _need(o, kind, "u32", "s32", "u64", "s64", "b32", "b64", "f32")
     if operation is None or (kind == "f32" and operation != "add"):
         raise UnknownInstruction(f"{o.instruction.opcode} is not known")
-    o.allow(*_SPACES, *_ORDERS, "acq_rel", operation, kind)
+    if vector > 1 and (kind != "f32" or space not in ("global", "generic")):
+        raise UnknownInstruction(f"{o.instruction.opcode} is not known")
+    o.allow(*_SPACES, *_ORDERS, "acq_rel", operation, kind, *(["v2", "v4"] if vector > 1 else []))
     first = 1 if mods[0] == "atom" else 0
-    d = "None"
+    olds = []
     if mods[0] == "atom" and o.text(0) != "_":
-        d = o.dst(0, kind)
+        olds = [o.dst(t, kind) for t in o.parts(0)]
     address, offset = o.address(first)
-    values = [o.src(first + 1, kind)]
+    parts = o.parts(first + 1)
+    if len(parts) != vector:
+        raise PtxSyntaxError("the vector has not the length of the opcode")
     if operation == "cas":
-        values.append(o.src(first + 2, kind))
+        parts.append(o.text(first + 2))
+    values = "".join(f"{o.src(p, kind)}, " for p in parts)
     _note_width(o, space, 4)
     return [
-        f'X.atomic("{space}", "{operation}", "{kind}", {d}, {address}, {offset}, '
-        f"({', '.join(values)},), $M)"
+        f'X.atomic("{space}", "{operation}", "{kind}", {vector}, '
+        f"({''.join(f'{d}, ' for d in olds)}), {address}, {offset}, ({values}), $M)"
     ]
 
 

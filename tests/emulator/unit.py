@@ -422,31 +422,35 @@ class Unit:
             self.cluster.launch.double_write(self, region, columns, previous, other)
         log[columns] = mine
 
-    def atomic(self, space, operation, kind, target, address, offset, values, mask):
-        """atom and red (PTX ISA 9.7.13.6, 9.7.13.7): lane by lane."""
+    def atomic(self, space, operation, kind, vector, targets, address, offset, values, mask):
+        """atom and red (PTX ISA 9.7.13.6, 9.7.13.7): lane by lane, element by element."""
         lanes, addresses = self._addresses(address, offset, mask)
         if not len(addresses):
             return
         every = np.arange(self.size) if lanes is None else lanes
         itemsize = np.dtype(DTYPES[kind]).itemsize
-        self._aligned(addresses, itemsize, "atomic access")
+        self._aligned(addresses, itemsize * vector, "atomic access")
         operands = [self._wide(v) for v in values]
-        for name, some, kept, here in self._spaces(space, every, addresses):
-            del here
+        combine = _ATOMICS[operation]
+        for name, some, kept, _ in self._spaces(space, every, addresses):
             if not name.startswith("shared") and name != "global":
                 raise Unsupported(f"atomic access to the {name} state space")
             for lane, place in zip(some.tolist(), kept, strict=True):
-                cell = self._cell(name, lane, np.array([place]), itemsize).view(DTYPES[kind])
-                old = cell[0]
-                cell[0] = _ATOMICS[operation](old, *(v[lane] for v in operands))
-                if target is not None:
-                    target[lane] = old
-        if target is not None and space != "shared::cta":
+                for j in range(vector):
+                    where = np.array([place + u64(j * itemsize)])
+                    cell = self._cell(name, lane, where, itemsize).view(DTYPES[kind])
+                    given = operands[j : j + 1] if vector > 1 else operands
+                    old = cell[0]
+                    cell[0] = combine(old, *(v[lane] for v in given))
+                    if targets:
+                        targets[j][lane] = old
+        if targets and space != "shared::cta":
             self.cta.synchronized = True
 
     def _cell(self, space, lane, place, itemsize):
         if space == "global":
             for region, offsets, _ in self._regions(place, itemsize, True):
+                self._check_global_read(region, offsets, itemsize)
                 start = int(offsets[0])
                 return region.bytes[start : start + itemsize]
         for cta, offsets, _ in self._owners(space, place):

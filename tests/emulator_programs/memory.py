@@ -96,6 +96,10 @@ def programs() -> list[Program]:
             add(_atomic(space, operation, "u32"))
         add(_atomic(space, "cas", "b32"))
     add(_atomic("global", "add", "f32"))
+    for vector in (2, 4):
+        for sem in ("", ".relaxed.gpu"):
+            for base in ("red", "atom"):
+                add(_vector_atomic(f"{base}{sem}.global.add.v{vector}.f32", vector))
     return out
 
 
@@ -438,3 +442,36 @@ END:""",
         return [np.zeros(1, dtype), np.array([first], dtype)]
 
     return Program(opcode, text, arguments, check, block=64, dynamic_smem=64, seeds=(0, 2))
+
+
+def _vector_atomic(opcode: str, vector: int) -> Program:
+    """Two warps add vectors of floats to the same places."""
+    names = [f"%f{i + 1}" for i in range(vector)]
+    tail = f".v{vector}"
+    group = "{" + ", ".join(names) + "}"
+    olds = "{" + ", ".join(f"%f{i + 11}" for i in range(vector)) + "}, "
+    text = kernel(
+        "u64 u64",
+        f"""
+    mov.u32 %r100, %tid.x;
+    ld.param.u64 %d1, [p0];
+    ld.param.u64 %d2, [p1];
+    and.b32 %r1, %r100, 31;
+    mad.wide.u32 %d3, %r100, {4 * vector}, %d1;
+    mad.wide.u32 %d4, %r1, {4 * vector}, %d2;
+    ld.global{tail}.f32 {group}, [%d3];
+    {opcode} {olds if opcode.startswith("atom") else ""}[%d4], {group};""",
+    )
+    source = np.arange(64 * vector, dtype=np.float32).reshape(2, -1)
+
+    def check(_, got):
+        same_bits(got, source[0] + source[1] + np.float32(1))
+
+    return Program(
+        opcode,
+        text,
+        lambda: [read_only(source.copy()), np.ones(32 * vector, np.float32)],
+        check,
+        block=64,
+        seeds=(0, 1),
+    )

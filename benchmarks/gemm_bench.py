@@ -9,7 +9,8 @@ Kernels are launched through libcuda with the launch that csrc/host/gemm.cc plan
 measured is device code and nothing else. `check` runs each group of cases in a process of its own
 with a time limit: a kernel that hangs costs its group only.
 
-Times: CUDA events around one launch, after a write that evicts L2; normal random data, quantized by
+Times: CUDA events around one launch, after a write of 8 GB that evicts L2 and lets the power budget
+recover (`--flush`; 0.2 GB keeps the device near its power limit); normal random data, quantized by
 blocks; the median of the repetitions, peers alternating with ours in the same process.
 """
 
@@ -342,7 +343,7 @@ E5M2 = "float8_e5m2"
 
 def check_groups() -> dict[str, list[tuple[Problem, int]]]:
     """Named groups of (problem, configuration)."""
-    wide, narrow = range(10), range(8)
+    wide, narrow = range(13), range(11)
     p = Problem
     odd = [
         (1, 16, 16),
@@ -538,11 +539,12 @@ def time_problems() -> dict[str, list[Problem]]:
 
 
 class Timer:
-    def __init__(self):
+    def __init__(self, flush_gigabytes: float):
         import torch
 
         self.torch = torch
-        self.flush = torch.empty(192 << 20, dtype=torch.uint8, device="cuda")
+        size = int(flush_gigabytes * 1e9)
+        self.flush = torch.empty(size, dtype=torch.uint8, device="cuda")
 
     def __call__(self, calls: dict[str, object], repeats=15) -> dict[str, float]:
         """Median microseconds of each call."""
@@ -628,8 +630,8 @@ def describe_device() -> dict:
     return {"device": torch.cuda.get_device_name(0), "smi": smi, "torch": torch.__version__}
 
 
-def measure(folder: Path, shapes: list[str], path: Path | None, repeats: int):
-    driver, timer = Driver(folder), Timer()
+def measure(folder: Path, shapes: list[str], path: Path | None, repeats: int, flush: float):
+    driver, timer = Driver(folder), Timer(flush)
     results = {"before": describe_device(), "rows": []}
     print(results["before"])
     for name in shapes:
@@ -711,6 +713,7 @@ def main():
     parser.add_argument("--limit", type=float, default=60, help="check: seconds a group")
     parser.add_argument("--shapes", default="dense,small,wgrad,accum,grouped,grouped_wgrad,masked")
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--flush", type=float, default=8.0, help="time: gigabytes written between")
     parser.add_argument("--json", type=Path, help="time: write every figure here")
     parser.add_argument("--case", help="profile: kind,m,n,k,config")
     args = parser.parse_args()
@@ -721,7 +724,7 @@ def main():
     elif args.command == "check":
         sys.exit(1 if check(args.folder, args.only, args.limit) else 0)
     else:
-        measure(args.folder, args.shapes.split(","), args.json, args.repeats)
+        measure(args.folder, args.shapes.split(","), args.json, args.repeats, args.flush)
 
 
 if __name__ == "__main__":

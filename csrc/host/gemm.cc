@@ -16,38 +16,45 @@ using Kind = GemmProblem::Kind;
 // A configuration: a compiled tile, and the cluster that it runs in.
 struct Config {
   int block_m, block_n;
+  int warpgroups_n;          // side by side
   int cluster_m, cluster_n;  // CTAs along M (they share rhs blocks) and N (they share lhs blocks)
 };
 
 constexpr std::array<Config, 13> kBlockScaleConfigs = {{
-    {64, 32, 1, 1},
-    {64, 64, 1, 1},
-    {64, 128, 1, 1},
-    {128, 128, 1, 1},
-    {128, 128, 2, 1},
-    {128, 128, 1, 2},
-    {128, 192, 1, 1},
-    {128, 192, 2, 1},
-    {256, 128, 1, 1},
-    {256, 128, 1, 2},
-    {128, 128, 2, 2},
-    {256, 128, 2, 1},
-    {128, 192, 1, 2},
+    {64, 32, 1, 1, 1},
+    {64, 64, 1, 1, 1},
+    {64, 128, 1, 1, 1},
+    {128, 128, 1, 1, 1},
+    {128, 128, 1, 2, 1},
+    {128, 128, 1, 1, 2},
+    {128, 192, 1, 1, 1},
+    {128, 192, 1, 2, 1},
+    {128, 192, 2, 1, 1},
+    {128, 192, 2, 2, 1},
+    {256, 128, 1, 1, 1},
+    {256, 128, 1, 1, 2},
+    {256, 128, 1, 2, 1},
 }};
 
 constexpr std::array<Config, 11> kOuterScaleConfigs = {{
-    {64, 64, 1, 1},
-    {128, 128, 1, 1},
-    {128, 128, 2, 1},
-    {128, 128, 1, 2},
-    {128, 192, 1, 1},
-    {128, 192, 2, 1},
-    {256, 128, 1, 1},
-    {256, 128, 1, 2},
-    {128, 128, 2, 2},
-    {256, 128, 2, 1},
-    {128, 192, 1, 2},
+    {64, 64, 1, 1, 1},
+    {128, 128, 1, 1, 1},
+    {128, 128, 1, 2, 1},
+    {128, 128, 1, 1, 2},
+    {128, 192, 1, 1, 1},
+    {128, 192, 1, 2, 1},
+    {128, 192, 2, 1, 1},
+    {128, 192, 2, 2, 1},
+    {256, 128, 1, 1, 1},
+    {256, 128, 1, 1, 2},
+    {256, 128, 1, 2, 1},
 }};
+
+// As kernels are named: rows, columns of a warpgroup and how many warpgroups side by side.
+std::string tile_name(const Config& c) {
+  return "m" + std::to_string(c.block_m) + "n" + std::to_string(c.block_n / c.warpgroups_n) +
+         (c.warpgroups_n == 2 ? "x2" : "");
+}
 
 bool has_outer_scales(Kind kind) { return kind == Kind::k1d1d || kind == Kind::kGroupedWgrad; }
 
@@ -56,8 +63,7 @@ const Config& config_of(Kind kind, int config) {
 }
 
 TileLayout layout_of(const Config& config, const GemmProblem& p) {
-  return {config.block_m, config.block_n, static_cast<int>(size_in_bytes(p.out)),
-          has_outer_scales(p.kind)};
+  return {config.block_m, config.block_n, config.warpgroups_n, has_outer_scales(p.kind)};
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -200,12 +206,6 @@ TensorMap operand_map(void* data, int64_t rows, int64_t k, int box_rows) {
           TensorMap::Swizzle::k128B};
 }
 
-TensorMap::Swizzle swizzle_of(int bytes) {
-  return bytes == 128  ? TensorMap::Swizzle::k128B
-         : bytes == 64 ? TensorMap::Swizzle::k64B
-                       : TensorMap::Swizzle::k32B;
-}
-
 }  // namespace
 
 int num_gemm_configs(Kind kind) {
@@ -214,8 +214,8 @@ int num_gemm_configs(Kind kind) {
 
 std::string gemm_config_name(Kind kind, int config) {
   const Config& c = config_of(kind, config);
-  return "m" + std::to_string(c.block_m) + "n" + std::to_string(c.block_n) + " cluster " +
-         std::to_string(c.cluster_m) + "x" + std::to_string(c.cluster_n);
+  return tile_name(c) + " cluster " + std::to_string(c.cluster_m) + "x" +
+         std::to_string(c.cluster_n);
 }
 
 LaunchPlan plan_gemm(const GemmProblem& p, int config, int num_sms, int device_sms) {
@@ -237,21 +237,10 @@ LaunchPlan plan_gemm(const GemmProblem& p, int config, int num_sms, int device_s
   const TileLayout layout = layout_of(c, p);
   const int clusters = static_cast<int>(std::min<int64_t>(sms / cluster, tiles));
   const int64_t out_row_bytes = p.n * size_in_bytes(p.out);
-  const bool mapped = out_row_bytes % 16 == 0 && reinterpret_cast<uintptr_t>(p.out_data) % 16 == 0;
+  const bool vector = out_row_bytes % 8 == 0 && reinterpret_cast<uintptr_t>(p.out_data) % 8 == 0;
 
   const TensorMap lhs_map = operand_map(p.lhs_data, lhs_rows(p), p.k, c.block_m / c.cluster_n);
   const TensorMap rhs_map = operand_map(p.rhs_data, rhs_rows(p), p.k, c.block_n / c.cluster_m);
-  const TensorMap out_map =
-      mapped ? TensorMap{p.out == DType::kFloat32 ? TensorMap::Type::kFloat32
-                                                  : TensorMap::Type::kBfloat16,
-                         p.out_data,
-                         {static_cast<uint64_t>(p.n), static_cast<uint64_t>(out_rows(p))},
-                         {static_cast<uint64_t>(out_row_bytes)},
-                         {static_cast<uint32_t>(layout.strip_row_bytes() / layout.out_bytes),
-                          kStripRows},
-                         swizzle_of(layout.strip_row_bytes())}
-             : lhs_map;  // unused
-
   const int32_t mode = p.kind == Kind::kGrouped        ? kGrouped
                        : p.kind == Kind::kMasked       ? kMasked
                        : p.kind == Kind::kGroupedWgrad ? kGroupedWgrad
@@ -263,9 +252,9 @@ LaunchPlan plan_gemm(const GemmProblem& p, int config, int num_sms, int device_s
   LaunchPlan plan;
   plan.image =
       std::string("gemm_") + (has_outer_scales(p.kind) ? "1d1d" : "1d2d") + "_" + name(p.out);
-  plan.kernel = std::string("gemm_") + (has_outer_scales(p.kind) ? "1d1d" : "1d2d") + "_m" +
-                std::to_string(c.block_m) + "n" + std::to_string(c.block_n) + "_" +
-                short_name(p.lhs) + "_" + short_name(p.rhs) + "_" + name(p.out);
+  plan.kernel = std::string("gemm_") + (has_outer_scales(p.kind) ? "1d1d" : "1d2d") + "_" +
+                tile_name(c) + "_" + short_name(p.lhs) + "_" + short_name(p.rhs) + "_" +
+                name(p.out);
   plan.grid.x = clusters * cluster;
   plan.block.x = layout.threads();
   plan.cluster.x = cluster;
@@ -273,7 +262,6 @@ LaunchPlan plan_gemm(const GemmProblem& p, int config, int num_sms, int device_s
   // In the order of GemmArgs (csrc/kernels/gemm_args.cuh).
   plan.args = {lhs_map,
                rhs_map,
-               out_map,
                p.lhs_scale,
                p.rhs_scale,
                p.group_sizes,
@@ -290,7 +278,7 @@ LaunchPlan plan_gemm(const GemmProblem& p, int config, int num_sms, int device_s
                static_cast<int32_t>(c.cluster_m),
                static_cast<int32_t>(c.cluster_n),
                static_cast<int32_t>(band_of(p, c, clusters)),
-               static_cast<int32_t>((p.accum ? kAccumulate : 0) | (mapped ? kOutTensorMap : 0))};
+               static_cast<int32_t>((p.accum ? kAccumulate : 0) | (vector ? kVectorOut : 0))};
   return plan;
 }
 

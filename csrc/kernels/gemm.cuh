@@ -16,7 +16,6 @@
 //   since a
 //                 CTA's loads are multicast into the others' stages.
 //   mailbox       see schedule.cuh
-//   staging       each warp's own; its lane 0 waits until the copy engine has read it
 //
 // With two accumulator sets (kSets = 2) a warpgroup promotes block k while its own wgmma of block
 // k + 1 runs. With one set only the other warpgroup's wgmma runs meanwhile; the registers go into
@@ -38,37 +37,45 @@
 
 namespace jaxfp8 {
 
-template <int kBlockM_, int kBlockN_, int kSets_, template <int, int> class Scales_, class Lhs_,
-          class Rhs_, class Out_>
+// Whether a kind of scales has one for each rhs row (gemm_1d1d.cuh) or one for each 128 of them.
+template <template <class> class Scales>
+constexpr bool kHasOuterScales = false;
+
+// kBlockM x kBlockN of the output by a CTA. kWarpgroupsN = 2 sets the math warpgroups side by side,
+// kSets is the number of accumulator sets of each.
+template <int kBlockM_, int kBlockN_, int kWarpgroupsN, int kSets_, template <class> class Scales_,
+          class Lhs_, class Rhs_, class Out_>
 struct Tile {
-  static constexpr int kBlockM = kBlockM_, kBlockN = kBlockN_, kSets = kSets_;
-  using Scales = Scales_<kBlockM, kBlockN>;
   using Lhs = Lhs_;
   using Rhs = Rhs_;
   using Out = Out_;
+  using Scales = Scales_<Tile>;
+  static constexpr bool kOuterScales = kHasOuterScales<Scales_>;
 
-  static constexpr TileLayout kLayout = {kBlockM, kBlockN, Out::kBytes, Scales::kOuter};
+  static constexpr int kBlockM = kBlockM_, kBlockN = kBlockN_, kSets = kSets_;
+  static constexpr TileLayout kLayout = {kBlockM, kBlockN, kWarpgroupsN, kOuterScales};
   static constexpr int kMathWarpgroups = kLayout.math_warpgroups();
   static constexpr int kMathWarps = 4 * kMathWarpgroups;
   static constexpr int kThreads = kLayout.threads();
-  static constexpr int kWaves = kBlockM / (64 * kMathWarpgroups);  // of 64 rows a warpgroup
-  static constexpr int kSums = kBlockN / 2;                        // registers of a wave
+  // Of a warpgroup: rows, in waves of 64 (the rows of a wgmma), and columns.
+  static constexpr int kRows = kLayout.warpgroup_rows(), kCols = kLayout.warpgroup_cols();
+  static constexpr int kWaves = kRows / 64;
+  static constexpr int kSums = kCols / 2;  // registers of a wave
 
   static constexpr int kLhsBytes = kLayout.lhs_bytes();
   static constexpr int kRhsBytes = kLayout.rhs_bytes();
   static constexpr int kScaleBytes = kLayout.scale_bytes();
   static constexpr int kStages = kLayout.stages();
   static constexpr int kRhs = kLayout.rhs_offset();
-  static constexpr int kStaging = kLayout.staging_offset();
   static constexpr int kScale = kLayout.scale_offset();
   using Stages = Ring<kStages>;
 
-  static_assert(kBlockM % (64 * kMathWarpgroups) == 0);
-  static_assert(kBlockN % 16 == 0 && kBlockN <= 192, "stmatrix.x4 pairs; wgmma.cuh");
-  static_assert(kSets == 1 || kWaves == 1, "registers");
+  static_assert(kRows % 64 == 0 && kMathWarpgroups % kWarpgroupsN == 0);
+  static_assert(kCols % 16 == 0 && kCols <= 192, "epilogue.cuh; wgmma.cuh");
+  static_assert(kWaves <= 2 && kSets <= 2);
   static_assert(kStages >= 3 && kLayout.shared_bytes() <= kMaxSharedBytes);
   // A swizzle pattern is 8 rows of 128 bytes.
-  static_assert(kLhsBytes % 1024 == 0 && kRhsBytes % 1024 == 0 && kStaging % 1024 == 0);
+  static_assert(kLhsBytes % 1024 == 0 && kCols % 8 == 0);
   static_assert(kScaleBytes % 16 == 0 && kLayout.mailbox_offset() % 16 == 0 &&
                 kLayout.stage_barriers_offset() % 8 == 0);
 };
@@ -177,19 +184,16 @@ struct Consumer {
 
   const GemmArgs& args;
   typename Tile::Stages stages;
-  uint64_t lhs, rhs;          // descriptors of stage 0, this warpgroup's first wave
-  uint32_t scales;            // of stage 0
-  uint32_t released;          // lane i: barrier `empty` of stage 0 in CTA i of the cluster
-  int warpgroup, warp, lane;  // warp: of the warpgroup
+  uint64_t lhs, rhs;  // descriptors of stage 0, this warpgroup's first wave
+  uint32_t scales;    // of stage 0
+  uint32_t released;  // lane i: barrier `empty` of stage 0 in CTA i of the cluster
+  int row, col;       // of the tile, this warp's first
+  int lane;
 
-  static constexpr int kWaveRows = 64;
-
-  // Waits for the stage, takes this lane's scales and issues the products of a wave.
+  // Issues the products of a wave of the current stage.
   __device__ __forceinline__ Lane issue(Sums& acc, int wave) {
-    const int row = (warpgroup * Tile::kWaves + wave) * kWaveRows + warp * 16;
-    const Lane held(scales + stages.slot * Tile::kScaleBytes, row, lane, stages.slot);
-    issue_products<Tile>(acc,
-                         lhs + ((stages.slot * Tile::kLhsBytes + wave * kWaveRows * kBlockK) >> 4),
+    const Lane held(scales + stages.slot * Tile::kScaleBytes, row + wave * 64, col, lane);
+    issue_products<Tile>(acc, lhs + ((stages.slot * Tile::kLhsBytes + wave * 64 * kBlockK) >> 4),
                          rhs + (stages.slot * Tile::kRhsBytes >> 4));
     return held;
   }
@@ -205,15 +209,15 @@ struct Consumer {
     if (lane < args.cluster_m * args.cluster_n) ptx::mbarrier_arrive_cluster(released + 8 * slot);
   }
 
-  // One set: wait for a wave's products, then promote them.
-  __device__ __forceinline__ void accumulate(Sums (&sum)[Tile::kWaves], int k_blocks) {
+  // One set: waits for a wave's products, then promotes them.
+  __device__ __forceinline__ void accumulate_in_one_set(Sums (&sum)[Tile::kWaves], int k_blocks) {
     for (int b = 0; b < k_blocks; ++b) {
       stages.wait_full();
 #pragma unroll
       for (int wave = 0; wave < Tile::kWaves; ++wave) {
         const bool last = wave == Tile::kWaves - 1;
         Sums acc;
-        const Lane held = issue(acc, wave);
+        Lane held = issue(acc, wave);
         finish(acc);
         if (last && !Scales::kPromotionReadsStage) release(stages.slot);
         held.promote(sum[wave], acc);
@@ -223,80 +227,108 @@ struct Consumer {
     }
   }
 
-  // Issues the next block's products into `next`, promotes `current` under them, and waits.
-  __device__ __forceinline__ Lane turn(Sums& sum, Sums& next, Sums& current, const Lane& held) {
-    const int slot = stages.slot;
-    stages.wait_full();
-    const Lane next_held = issue(next, 0);
-    stages.advance();
-    held.promote(sum, current);
-    if (Scales::kPromotionReadsStage) release(held.slot);
-    finish(next);
-    if (!Scales::kPromotionReadsStage) release(slot);
-    return next_held;
-  }
-
-  // Two sets: promote a block under the products of the next. No group is in flight across the
-  // loop's back edge, where ptxas would serialize them all.
+  // Two sets: a block's products run while the block before is promoted. No group is in flight
+  // across a loop's back edge, where ptxas would serialize them all; so blocks go in pairs.
   __device__ __forceinline__ void accumulate_in_two_sets(Sums& sum, int k_blocks) {
     Sums even, odd;
     stages.wait_full();
     Lane held = issue(even, 0);
+    int slot = stages.slot;
     finish(even);
-    if (!Scales::kPromotionReadsStage) release(stages.slot);
+    if (!Scales::kPromotionReadsStage) release(slot);
     stages.advance();
+
+    // Issues the next block into `next`, promotes `current` under it, and waits.
+    const auto turn = [&](Sums& next, Sums& current) __attribute__((always_inline)) {
+      stages.wait_full();
+      const int next_slot = stages.slot;
+      const Lane next_held = issue(next, 0);
+      stages.advance();
+      held.promote(sum, current);
+      if (Scales::kPromotionReadsStage) release(slot);
+      finish(next);
+      if (!Scales::kPromotionReadsStage) release(next_slot);
+      held = next_held;
+      slot = next_slot;
+    };
     int b = 1;
     for (; b + 1 < k_blocks; b += 2) {
-      const Lane odd_held = turn(sum, odd, even, held);
-      held = turn(sum, even, odd, odd_held);
+      turn(odd, even);
+      turn(even, odd);
     }
     if (b < k_blocks) {
-      held = turn(sum, odd, even, held);
+      turn(odd, even);
       held.promote(sum, odd);
     } else {
       held.promote(sum, even);
     }
-    if (Scales::kPromotionReadsStage) release(held.slot);
+    if (Scales::kPromotionReadsStage) release(slot);
+  }
+
+  // Two sets, two waves: each wave has its set, and is promoted while the other's products run.
+  __device__ __forceinline__ void accumulate_in_two_waves(Sums (&sum)[2], int k_blocks) {
+    Sums upper, lower;
+    stages.wait_full();
+    Lane upper_held = issue(upper, 0);
+    finish(upper);
+    for (int b = 1;; ++b) {
+      const int slot = stages.slot;
+      Lane lower_held = issue(lower, 1);
+      upper_held.promote(sum[0], upper);
+      finish(lower);
+      if (!Scales::kPromotionReadsStage) release(slot);
+      stages.advance();
+      if (b == k_blocks) {
+        lower_held.promote(sum[1], lower);
+        if (Scales::kPromotionReadsStage) release(slot);
+        return;
+      }
+      stages.wait_full();
+      upper_held = issue(upper, 0);
+      lower_held.promote(sum[1], lower);
+      if (Scales::kPromotionReadsStage) release(slot);
+      finish(upper);
+    }
+  }
+
+  __device__ __forceinline__ void accumulate(Sums (&sum)[Tile::kWaves], int k_blocks) {
+    if constexpr (Tile::kSets == 1) {
+      accumulate_in_one_set(sum, k_blocks);
+    } else if constexpr (Tile::kWaves == 1) {
+      accumulate_in_two_sets(sum[0], k_blocks);
+    } else {
+      accumulate_in_two_waves(sum, k_blocks);
+    }
   }
 };
 
 template <class Tile>
 __device__ void compute(const GemmArgs& args, uint32_t shared, Mailbox mailbox,
                         typename Tile::Stages stages, int warpgroup, int warp, int lane) {
-  const int warp_of_math = warpgroup * 4 + warp;
+  const int first_row = warpgroup / Tile::kLayout.warpgroups_n * Tile::kRows;
+  const int first_col = warpgroup % Tile::kLayout.warpgroups_n * Tile::kCols;
+  const int cluster_size = args.cluster_m * args.cluster_n;
   Consumer<Tile> consumer = {
       args,
       stages,
-      ptx::matrix_descriptor(shared + warpgroup * Tile::kWaves * 64 * kBlockK),
-      ptx::matrix_descriptor(shared + Tile::kRhs),
+      ptx::matrix_descriptor(shared + first_row * kBlockK),
+      ptx::matrix_descriptor(shared + Tile::kRhs + first_col * kBlockK),
       shared + Tile::kScale,
-      ptx::mapa(stages.barriers + 8 * Tile::kStages,
-                lane < args.cluster_m * args.cluster_n ? lane : 0),
-      warpgroup,
-      warp,
+      ptx::mapa(stages.barriers + 8 * Tile::kStages, lane < cluster_size ? lane : 0),
+      first_row + warp * 16,
+      first_col,
       lane};
-  using Stage = Staging<typename Tile::Out, Tile::kBlockN>;
-  const Stage staging = {
-      shared + Tile::kStaging + warp_of_math * Tile::kLayout.staging_bytes_per_warp(), lane};
   for (;;) {
     const Work work = mailbox.receive(lane);
     if (work.k_blocks == Work::kEnd) break;
     float sum[Tile::kWaves][Tile::kSums] = {};
-    if (work.k_blocks > 0) {
-      if constexpr (Tile::kSets == 2) {
-        consumer.accumulate_in_two_sets(sum[0], work.k_blocks);
-      } else {
-        consumer.accumulate(sum, work.k_blocks);
-      }
+    if (work.k_blocks > 0) consumer.accumulate(sum, work.k_blocks);
+    store<typename Tile::Out, Tile::kCols>(args, work, sum[0], consumer.row, first_col, lane);
+    if constexpr (Tile::kWaves == 2) {
+      store<typename Tile::Out, Tile::kCols>(args, work, sum[1], consumer.row + 64, first_col,
+                                             lane);
     }
-#pragma unroll
-    for (int wave = 0; wave < Tile::kWaves; ++wave) {
-      const int row = (warpgroup * Tile::kWaves + wave) * 64 + warp * 16;
-      store<typename Tile::Out, Tile::kBlockN>(args, work, sum[wave], row, staging, lane);
-    }
-    __syncwarp();  // also tells the compiler that the warp is converged
   }
-  if (lane == 0) ptx::bulk_wait();
 }
 
 // ---- The kernel
@@ -315,7 +347,6 @@ __device__ __forceinline__ void gemm(const GemmArgs& args) {
   if (threadIdx.x == 0) {
     ptx::prefetch_tensor_map(args.lhs_map);
     ptx::prefetch_tensor_map(args.rhs_map);
-    if (args.flags & kOutTensorMap) ptx::prefetch_tensor_map(args.out_map);
     // full: warp 1's arrival with the bytes to expect, and warp 2's lanes.
     stages.init(1 + 32, Tile::kMathWarps * args.cluster_m * args.cluster_n);
     mailbox.ring.init(1, 2 + Tile::kMathWarps);
@@ -344,21 +375,17 @@ __device__ __forceinline__ void gemm(const GemmArgs& args) {
   ptx::cluster_sync();
 }
 
-// clang-format off
 #define JAXFP8_GEMM(name, ...)                                                                     \
   extern "C" __global__ void __launch_bounds__(jaxfp8::Tile<__VA_ARGS__>::kThreads, 1)             \
-  name(const __grid_constant__ jaxfp8::ptx::TensorMap lhs_map,                                     \
-       const __grid_constant__ jaxfp8::ptx::TensorMap rhs_map,                                     \
-       const __grid_constant__ jaxfp8::ptx::TensorMap out_map, const float* lhs_scale,             \
-       const float* rhs_scale, const int32_t* group_sizes, void* out, int32_t mode, int32_t m,     \
-       int32_t n, int32_t groups, int32_t k_blocks, int32_t lhs_rows, int32_t rhs_rows,            \
-       int32_t lhs_group_rows, int32_t rhs_group_rows, int32_t cluster_m, int32_t cluster_n,       \
-       int32_t band, int32_t flags) {                                                              \
+      name(const __grid_constant__ jaxfp8::ptx::TensorMap lhs_map,                                 \
+           const __grid_constant__ jaxfp8::ptx::TensorMap rhs_map, const float* lhs_scale,         \
+           const float* rhs_scale, const int32_t* group_sizes, void* out, int32_t mode, int32_t m, \
+           int32_t n, int32_t groups, int32_t k_blocks, int32_t lhs_rows, int32_t rhs_rows,        \
+           int32_t lhs_group_rows, int32_t rhs_group_rows, int32_t cluster_m, int32_t cluster_n,   \
+           int32_t band, int32_t flags) {                                                          \
     jaxfp8::gemm<jaxfp8::Tile<__VA_ARGS__>>(                                                       \
-        {&lhs_map, &rhs_map, &out_map, lhs_scale, rhs_scale, group_sizes, out, mode, m, n, groups, \
-         k_blocks, lhs_rows, rhs_rows, lhs_group_rows, rhs_group_rows, cluster_m, cluster_n, band, \
-         flags});                                                                                  \
+        {&lhs_map, &rhs_map, lhs_scale, rhs_scale, group_sizes, out, mode, m, n, groups, k_blocks, \
+         lhs_rows, rhs_rows, lhs_group_rows, rhs_group_rows, cluster_m, cluster_n, band, flags});  \
   }
-// clang-format on
 
 }  // namespace jaxfp8

@@ -6,20 +6,19 @@
 
 namespace jaxfp8 {
 
-template <int kBlockM, int kBlockN>
+template <class Tile>
 struct BlockScales {
-  static constexpr bool kOuter = false;
-  static constexpr TileLayout kLayout = {kBlockM, kBlockN, 2, false};
-  static constexpr int kSegment = kLayout.scale_segment(), kSegments = kLayout.rhs_scales();
+  static constexpr int kSegment = Tile::kLayout.scale_segment();
+  static constexpr int kSegments = Tile::kCols / kSegment;  // of a warpgroup
 
-  // A stage: lhs scales in load_lhs_scales' order | a scale for each segment of columns.
-  static constexpr int kRhs = kBlockM * 4;
+  // A stage: lhs scales in load_lhs_scales' order | a scale for each segment of the tile's columns.
+  static constexpr int kRhs = Tile::kBlockM * 4;
   static constexpr bool kPromotionReadsStage = false;
 
   __device__ static void load(const GemmArgs& args, const Work& work, int k_block, uint32_t stage,
                               int lane) {
-    load_lhs_scales<kBlockM>(args, work, k_block, stage, lane);
-    if (lane < kSegments) {
+    load_lhs_scales<Tile::kBlockM>(args, work, k_block, stage, lane);
+    if (lane < Tile::kLayout.rhs_scales()) {
       const int blocks = ceil_div(args.n, 128);
       const int block = (work.col + lane * kSegment) / 128;
       const int64_t row = int64_t{work.group} * blocks + block;
@@ -30,26 +29,25 @@ struct BlockScales {
     }
   }
 
-  // What a lane needs to promote a block: a factor for each of its two rows and each segment.
+  // What a lane needs to promote a wave: a factor for each of its two rows and each segment.
   struct Lane {
     float factor[kSegments][2];
-    int slot;
 
-    // `row`: the first of the warp's 16.
-    __device__ __forceinline__ Lane(uint32_t stage, int row, int lane, int slot) : slot(slot) {
+    // `row`, `col`: of the tile, the warp's first.
+    __device__ __forceinline__ Lane(uint32_t stage, int row, int col, int lane) {
       const float2 rows = ptx::load_shared_f2(stage + 4 * row + lane / 4 * 8);
 #pragma unroll
       for (int s = 0; s < kSegments; ++s) {
-        const float column = ptx::load_shared_f1(stage + kRhs + 4 * s);
+        const float column = ptx::load_shared_f1(stage + kRhs + 4 * (col / kSegment + s));
         factor[s][0] = rows.x * column;
         factor[s][1] = rows.y * column;
       }
     }
 
-    __device__ __forceinline__ void promote(float (&sum)[kBlockN / 2],
-                                            const float (&acc)[kBlockN / 2]) const {
+    __device__ __forceinline__ void promote(float (&sum)[Tile::kSums],
+                                            const float (&acc)[Tile::kSums]) const {
 #pragma unroll
-      for (int i = 0; i < kBlockN / 2; ++i) {
+      for (int i = 0; i < Tile::kSums; ++i) {
         sum[i] = fmaf(factor[i / 4 * 8 / kSegment][i / 2 % 2], acc[i], sum[i]);
       }
     }

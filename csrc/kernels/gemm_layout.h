@@ -9,47 +9,41 @@ namespace jaxfp8 {
 enum Mode : int32_t { kDense, kGrouped, kMasked, kGroupedWgrad };
 
 enum Flag : int32_t {
-  kAccumulate = 1,    // out += product
-  kOutTensorMap = 2,  // the output's rows are aligned to 16 bytes; else out_map is unused
+  kAccumulate = 1,  // out += product
+  kVectorOut = 2,   // the output's rows allow aligned accesses of 8 bytes
 };
 
 constexpr int kBlockK = 128;             // elements, bytes, and the width of a scale's block
 constexpr int kMaxSharedBytes = 232448;  // of a CTA on sm_90
-constexpr int kStripRows = 16;           // of the output, that a warp stores at a time
 constexpr int kMailboxSlots = 4;
 constexpr int kWorkBytes = 32;
 
 constexpr int common_divisor(int a, int b) { return b == 0 ? a : common_divisor(b, a % b); }
 
 // A CTA's tile and its shared memory:
-//   lhs stages | rhs stages | staging | scale stages | mailbox | barriers
+//   lhs stages | rhs stages | scale stages | mailbox | barriers
 struct TileLayout {
   int block_m, block_n;
-  int out_bytes;      // of an output element
+  int warpgroups_n;   // 1: the math warpgroups share the rows; 2: the columns
   bool outer_scales;  // 1d1d: a scale for each rhs row; else one for each 128 of them
 
   constexpr int math_warpgroups() const { return block_m == 64 ? 1 : 2; }
+  constexpr int warpgroup_rows() const { return block_m * warpgroups_n / math_warpgroups(); }
+  constexpr int warpgroup_cols() const { return block_n / warpgroups_n; }
   constexpr int threads() const { return 128 * (1 + math_warpgroups()); }
 
   constexpr int lhs_bytes() const { return block_m * kBlockK; }
   constexpr int rhs_bytes() const { return block_n * kBlockK; }
 
-  // The staging buffer of a warp: strips of 16 rows of at most 128 bytes.
-  constexpr int strip_row_bytes() const {
-    return block_n * out_bytes < 128 ? block_n * out_bytes : 128;
-  }
-  constexpr int staging_bytes_per_warp() const { return kStripRows * block_n * out_bytes; }
-  constexpr int staging_bytes() const { return 4 * math_warpgroups() * staging_bytes_per_warp(); }
-
-  // 1d2d: a tile starts at a multiple of block_n columns, so the borders of the 128-wide scale
-  // blocks lie on multiples of the common divisor: each segment of columns has one scale.
-  constexpr int scale_segment() const { return common_divisor(block_n, 128); }
+  // 1d2d: a warpgroup's columns start at a multiple of their number, so that the borders of the
+  // 128-wide scale blocks lie on multiples of the common divisor: each segment has one scale.
+  constexpr int scale_segment() const { return common_divisor(warpgroup_cols(), 128); }
   constexpr int rhs_scales() const { return outer_scales ? block_n : block_n / scale_segment(); }
   constexpr int scale_bytes() const { return block_m * 4 + (rhs_scales() * 4 + 15) / 16 * 16; }
 
   static constexpr int barrier_bytes(int slots) { return 2 * slots * 8; }
   constexpr int fixed_bytes() const {
-    return staging_bytes() + kMailboxSlots * kWorkBytes + barrier_bytes(kMailboxSlots);
+    return kMailboxSlots * kWorkBytes + barrier_bytes(kMailboxSlots);
   }
   constexpr int stages() const {
     const int fitting = (kMaxSharedBytes - fixed_bytes()) /
@@ -58,8 +52,7 @@ struct TileLayout {
   }
 
   constexpr int rhs_offset() const { return stages() * lhs_bytes(); }
-  constexpr int staging_offset() const { return rhs_offset() + stages() * rhs_bytes(); }
-  constexpr int scale_offset() const { return staging_offset() + staging_bytes(); }
+  constexpr int scale_offset() const { return rhs_offset() + stages() * rhs_bytes(); }
   constexpr int mailbox_offset() const { return scale_offset() + stages() * scale_bytes(); }
   constexpr int stage_barriers_offset() const {
     return mailbox_offset() + kMailboxSlots * kWorkBytes;

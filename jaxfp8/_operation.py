@@ -49,6 +49,11 @@ class Call(NamedTuple):
         kept = {d.rstrip("/") for dims in self.outs for d in dims}
         return [d for d in self.names if d not in kept]
 
+    @property
+    def has_accumulator(self) -> bool:
+        """Whether the last operand of a product is added to it."""
+        return bool(self.contracted) and self.ins[-1] == self.outs[0]
+
     def get(self, attribute: str):
         return dict(self.attributes)[attribute]
 

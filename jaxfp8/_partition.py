@@ -11,6 +11,7 @@ import math
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental.custom_partitioning import (
@@ -96,12 +97,33 @@ def make_plan(mesh, call: Call, sizes, given, wanted, pinned) -> Plan:
     return Plan(ins, outs, total, scatter)
 
 
-def sharding_rule(call: Call, sizes) -> SdyShardingRule:
+def _splits_an_axis(blocks: int, axis_sizes) -> bool:
+    """Whether some mesh axes, in the mesh's order, would cut this many blocks with a part of an axis.
+
+    Four devices over two blocks: Shardy gives the scales half of the axis, which JAX cannot express as a spec.
+    """
+    left = {blocks}
+    for size in axis_sizes:
+        common = {n: math.gcd(n, size) for n in left}
+        if any(1 < c < size for c in common.values()):
+            return True
+        left |= {n // c for n, c in common.items()}
+    return False
+
+
+def sharding_rule(call: Call, sizes, axis_sizes) -> SdyShardingRule:
     """The same names as a Shardy rule. A blocked name is block count x 128, if it is made of whole blocks.
 
-    (Of more than one: Shardy rejects a factor of size 1 next to another.)
+    (Of more than one: Shardy rejects a factor of size 1 next to another.) Else its scales are on their own.
     """
-    whole = {n for n in call.blocked if n in sizes and sizes[n] > BLOCK and sizes[n] % BLOCK == 0}
+    whole = {
+        n
+        for n in call.blocked
+        if n in sizes
+        and sizes[n] > BLOCK
+        and sizes[n] % BLOCK == 0
+        and not _splits_an_axis(sizes[n] // BLOCK, axis_sizes)
+    }
     factor = {n: f"f{i}" for i, n in enumerate(call.names)}
 
     def one(d):
@@ -138,8 +160,6 @@ reduce_shards = Leaf("jaxfp8_reduce_shards", _reduce, types=_reduce_types)
 class Kernel(Operation):
     """An operation on quantized data: `local(*arrays, call=...)` computes one shard, the rest follows from the names.
 
-    XX
-
     **Arguments:** as `Operation`, and `pinned`: names that are never sharded.
     """
 
@@ -152,6 +172,24 @@ class Kernel(Operation):
         self.partitioned = custom_partitioning(whole, static_argnums=(0,))
         self.partitioned.def_partition(partition=self._partition, sharding_rule=self._sharding_rule)
         super().__init__(name, self._dispatch, together=together)
+
+    def _batch(self, arrays, axes, *, call, jaxpr):
+        """An accumulator has the result's dimensions, always: it is added once to each example's product."""
+        if call.has_accumulator:
+            *factors, accum = arrays
+            *factor_axes, axis = axes
+            if all(a is None for a in factor_axes):
+                exact = call.with_attribute("out_dtype", np.dtype("float32"))
+                (y,) = self(*factors, call=exact._replace(ins=call.ins[:-1]))
+                y = jnp.expand_dims(y, axis) + accum.astype(y.dtype)
+                return [y.astype(accum.dtype)], [axis]
+            if axis is None:
+                sizes = (
+                    x.shape[a] for x, a in zip(factors, factor_axes, strict=True) if a is not None
+                )
+                accum, axis = jnp.broadcast_to(accum, (next(sizes), *accum.shape)), 0
+            arrays, axes = [*factors, accum], [*factor_axes, axis]
+        return super()._batch(arrays, axes, call=call, jaxpr=jaxpr)
 
     def _dispatch(self, *arrays, call):
         mesh = mesh_of(arrays)
@@ -168,15 +206,13 @@ class Kernel(Operation):
         """The function of one shard: the local kernel, then the sum over shards, in float32."""
 
         def run(*arrays):
-            alike = match_varying(arrays)
             if not (plan.sum or plan.scatter):
-                return tuple(self.local(*alike, call=call))
+                return tuple(self.local(*match_varying(arrays), call=call))
             exact = call.with_attribute("out_dtype", np.dtype("float32"))
-            is_accum = [dims == call.outs[0] for dims in call.ins]
-            accum = [x for x, c in zip(alike, is_accum, strict=True) if c]
-            factors = [x for x, c in zip(alike, is_accum, strict=True) if not c]
-            ins = tuple(dims for dims, c in zip(call.ins, is_accum, strict=True) if not c)
-            (y,) = self.local(*factors, call=exact._replace(ins=ins))
+            factors, accum = list(arrays), []
+            if call.has_accumulator:  # added after the sum, once
+                exact, accum = exact._replace(ins=exact.ins[:-1]), [factors.pop()]
+            (y,) = self.local(*match_varying(factors), call=exact)
             if plan.scatter:
                 dim, axes = plan.scatter
                 shards = math.prod(mesh.shape[a] for a in axes)
@@ -184,6 +220,7 @@ class Kernel(Operation):
             if plan.sum:
                 (y,) = reduce_shards(y, axes=plan.sum, scatter=None, shards=1)
             for c in accum:
+                y, c = match_varying([y, c])
                 y = y + c.astype(y.dtype)
             return (y.astype(call.get("out_dtype")),)
 
@@ -222,7 +259,7 @@ class Kernel(Operation):
         return mesh, self._shard(mesh, plan, call), tuple(outs), tuple(ins)
 
     def _sharding_rule(self, call, mesh, operands, results):
-        return sharding_rule(call, call.sizes(operands))
+        return sharding_rule(call, call.sizes(operands), tuple(mesh.shape.values()))
 
 
 def arrange(x, dims, groups):

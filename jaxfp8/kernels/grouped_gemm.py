@@ -13,6 +13,7 @@ from .._blocks import BLOCK, ceil_blocks, group_bounds, padded_starts
 from .._operation import Call
 from .._partition import Kernel
 from .._quantized_array import QuantizedArray
+from .._types import match_varying
 from ._mapped import mapped
 from .gemm import (
     add_accum,
@@ -29,8 +30,12 @@ from .quantize import ROW, SQUARE, Named, dequantize_blocks
 # --------------------------------------------------------------------------------------------------
 
 
-def _walk_tiles(tiles, body, init):
-    """`body(group, index of the tile in its group, carry)` for each of `tiles[g]` tiles of each group, in order."""
+def _walk_tiles(tiles, body, init, operands):
+    """`body(group, index of the tile in its group, carry)` for each of `tiles[g]` tiles of each group, in order.
+
+    In shard_map the carry varies over devices as the operands that the body reads do.
+    """
+    init, tiles, *_ = match_varying([init, tiles, *operands])
     ends = jnp.cumsum(tiles)
 
     def step(i, carry):
@@ -58,7 +63,8 @@ def _reference_grouped(lhs, lhs_scale, rhs, rhs_scale, sizes, *, out_dtype, num_
         return lax.dynamic_update_slice(y, kept, (row, 0))
 
     tiles = (ends - starts + tile - 1) // tile
-    return [_walk_tiles(tiles, body, jnp.zeros((m + tile, n), out_dtype))[:m]]
+    y = _walk_tiles(tiles, body, jnp.zeros((m + tile, n), out_dtype), (lhs, rhs, rhs_scale))
+    return [y[:m]]
 
 
 def _reference_masked(lhs, lhs_scale, rhs, rhs_scale, sizes, *, out_dtype, num_sms):
@@ -89,7 +95,8 @@ def _reference_wgrad(lhs, lhs_scale, rhs, rhs_scale, sizes, *accum, out_dtype, n
         return y.at[group].add(product)
 
     tiles = (ends - starts + BLOCK - 1) // BLOCK
-    y = _walk_tiles(tiles, body, jnp.zeros((groups, n, k), jnp.float32))
+    operands = lhs, lhs_scale, rhs, rhs_scale
+    y = _walk_tiles(tiles, body, jnp.zeros((groups, n, k), jnp.float32), operands)
     return [add_accum(y, accum, out_dtype)]
 
 

@@ -322,7 +322,7 @@ def rows_and_columns(x, dims, tokens, fmt: Format) -> tuple[Named, Named]:
     """`rows` and `columns` of one array; from one read, unless its dimensions come in another order."""
     merged, order, merged_tokens = _order_tokens(x, dims, tokens, merge=True)
     _, in_place, _ = _order_tokens(x, dims, tokens, merge=False)
-    loses_sharding = order != in_place and is_explicit(jax.typeof(x))
+    loses_sharding = is_explicit(jax.typeof(x)) and (order != in_place or _cuts_blocks(merged))
     if in_place != dims or loses_sharding:
         return rows(x, dims, fmt), columns(x, dims, tokens, fmt)
     out = tuple(d for d in order[:-1] if d not in merged_tokens) + (order[-1],) + merged_tokens
@@ -333,6 +333,14 @@ def rows_and_columns(x, dims, tokens, fmt: Format) -> tuple[Named, Named]:
         row_scale.reshape(*x.shape[:-1], ceil_blocks(x.shape[-1])),
     )
     return named(row, row_scale, dims), named(column, column_scale, out)
+
+
+def _cuts_blocks(x) -> bool:
+    """Whether the type of (..., tokens, k) has shards of tokens that are not whole blocks: columns gather them."""
+    type_ = jax.typeof(x)
+    axes = full_spec(type_.sharding.spec, x.ndim)[-2]
+    shards = math.prod(type_.sharding.mesh.shape[a] for a in axes)
+    return shards > 1 and x.shape[-2] % (shards * BLOCK) != 0
 
 
 def _order_tokens(x, dims, tokens, merge):

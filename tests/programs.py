@@ -1,0 +1,174 @@
+"""Reading programs: what a jaxpr or an HLO module computes, holds and moves; and comparing their values.
+
+The kernels can be made opaque: every leaf is then an unknown custom call, as on a GPU, so that replication shows in the
+operand shapes of the calls. Opaque programs are compiled, never run.
+"""
+
+import collections
+import contextlib
+import ctypes
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import jaxprs_in_params
+
+from jaxfp8._leaf import LEAVES
+from tests import oracle
+from tests.leaf_lowering import leaves_lower_to
+
+# ------------------------------------------------------------------------------------------------
+# Values
+# ------------------------------------------------------------------------------------------------
+
+
+def assert_close(got, want, tolerance):
+    """Every leaf of `got` is finite and within `tolerance` (norm-wise, relative) of the same leaf of `want`."""
+    got, want = jax.tree.leaves(got), jax.tree.leaves(want)
+    assert len(got) == len(want)
+    errors = [oracle.error(a, b) for a, b in zip(got, want, strict=True)]
+    assert all(e <= tolerance for e in errors), f"relative errors {errors}; allowed: {tolerance}"
+
+
+def assert_same_bits(got, want):
+    """Every leaf of `got` has the dtype and the bits of the same leaf of `want`."""
+    got, want = jax.tree.leaves(got), jax.tree.leaves(want)
+    assert len(got) == len(want)
+    for a, b in zip(map(np.asarray, got), map(np.asarray, want), strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        assert np.ascontiguousarray(a).tobytes() == np.ascontiguousarray(b).tobytes()
+
+
+def train(f):
+    """y, dx and dw of f(x, w) for a given dy."""
+
+    def run(x, w, dy):
+        y, pull = jax.vjp(f, x, w)
+        return y, *pull(dy)
+
+    return run
+
+
+# ------------------------------------------------------------------------------------------------
+# Jaxprs
+# ------------------------------------------------------------------------------------------------
+
+
+def walk(jaxpr):
+    """Every equation, those of inner jaxprs included."""
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        yield eqn
+        for inner in jaxprs_in_params(eqn.params):
+            yield from walk(inner)
+
+
+def count(jaxpr, *leaves):
+    """How often the program calls the kernels with these names."""
+    primitives = [LEAVES[f"jaxfp8_{name}_leaf"].primitive for name in leaves]
+    return sum(eqn.primitive in primitives for eqn in walk(jaxpr))
+
+
+def products(jaxpr):
+    """How many products the program has, each a kernel call on a GPU."""
+    return count(
+        jaxpr, "gemm_1d2d", "gemm_1d1d", "grouped_gemm", "masked_grouped_gemm", "grouped_wgrad_gemm"
+    )
+
+
+def has_loop(jaxpr):
+    return any(eqn.primitive.name in ("scan", "while") for eqn in walk(jaxpr))
+
+
+def largest(jaxpr):
+    """Elements of the largest array that the program makes."""
+    return max(math.prod(v.aval.shape) for eqn in walk(jaxpr) for v in eqn.outvars)
+
+
+def rounded_to_fewer_bits(jaxpr):
+    """The dtypes on which the program has a reduce_precision."""
+    return {
+        e.invars[0].aval.dtype.name for e in walk(jaxpr) if e.primitive.name == "reduce_precision"
+    }
+
+
+# ------------------------------------------------------------------------------------------------
+# HLO
+# ------------------------------------------------------------------------------------------------
+
+
+def largest_in_hlo(text):
+    """Elements of the largest array in an HLO module."""
+    shapes = re.findall(r"\b[a-z]\w*\[([\d,]+)\]", text)
+    return max(math.prod(map(int, s.split(","))) for s in shapes)
+
+
+def collectives(hlo, least=0):
+    """What moves between devices, as {"all-gather fp8": 2}; arrays of up to `least` elements (scales) aside."""
+    pattern = (
+        r"= \(?(\w+)\[([\d,]*)\]\S*.*? "
+        r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+    )
+    found = collections.Counter()
+    for dtype, shape, kind in re.findall(pattern, hlo):
+        if math.prod(int(n) for n in shape.split(",") if n) > least:
+            fp8 = dtype in ("f16", "u8", "f8e4m3fn", "f8e5m2")  # XLA:CPU moves FP8 as f16
+            found[f"{kind} {'fp8' if fp8 else dtype}"] += 1
+    return dict(found)
+
+
+def multiply_adds(hlo):
+    """Multiply-adds of the dense product calls of one device, in an opaque program."""
+    total = 0
+    for line in hlo.splitlines():
+        if re.search(r'custom_call_target="jaxfp8_gemm_1d[12]d_leaf"', line):
+            operands = re.search(r"operand_layout_constraints=\{(.*?\})\}", line)[1]
+            lhs, _, rhs, _ = [
+                tuple(map(int, s.split(","))) for s in re.findall(r"\w+\[([\d,]+)\]", operands)
+            ][:4]
+            total += rhs[0] * lhs[1] * lhs[2] * rhs[1]
+    return total
+
+
+# ------------------------------------------------------------------------------------------------
+# Opaque kernels
+# ------------------------------------------------------------------------------------------------
+
+
+def _custom_call_capsule():
+    """A target that XLA:CPU accepts at compile time; nothing here runs it."""
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype, new.argtypes = (
+        ctypes.py_object,
+        [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p],
+    )
+    return new(ctypes.cast(_never_run, ctypes.c_void_p), b"xla._CUSTOM_CALL_TARGET", None)
+
+
+_never_run = ctypes.CFUNCTYPE(None)(lambda: None)
+
+
+@functools.cache
+def _opaque(name):
+    """The lowering of a leaf to an unknown custom call."""
+    jax.ffi.register_ffi_target(name, _custom_call_capsule(), platform="cpu", api_version=0)
+    call = jax.ffi.ffi_lowering(name, api_version=2)
+    return lambda ctx, *operands, **params: call(ctx, *operands)
+
+
+def opaque_kernels():
+    return leaves_lower_to(lambda name, leaf: _opaque(name))
+
+
+def compile_opaque(f, *arguments, mesh=None, out_shardings=None):
+    """The program for `(shape, sharding)` or `(shape, sharding, dtype)` arguments, with opaque kernels."""
+    ambient = contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+    with opaque_kernels(), ambient:
+        arrays = [
+            jax.ShapeDtypeStruct(shape, *(dtype or [jnp.float32]), sharding=sharding)
+            for shape, sharding, *dtype in arguments
+        ]
+        out = {} if out_shardings is None else {"out_shardings": out_shardings}
+        return jax.jit(f, **out).lower(*arrays).compile()

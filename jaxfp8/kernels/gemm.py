@@ -125,7 +125,8 @@ def _gemm_local(lhs, lhs_scale, rhs, rhs_scale, *accum, call):
             lhs, lhs_scale = (jnp.broadcast_to(v, lead + v.shape) for v in (lhs, lhs_scale))
             lhs_dims = tuple(missing) + lhs_dims
     if accum:
-        accum = (arrange(*accum, out, [groups, rows, (n,)]),)
+        (c,) = accum
+        accum = (arrange(c, out, [groups, rows, (n,)]),)
     leaf = gemm_1d2d_leaf if n + "/" in rhs_scale_dims else gemm_1d1d_leaf
     (y,) = leaf(
         arrange(lhs, lhs_dims, [lhs_groups, rows, contracted]),

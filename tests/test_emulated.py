@@ -1,0 +1,152 @@
+"""The library's operations on the emulated GPU: handlers, plans and kernels under jax.jit, no GPU.
+
+Each case also runs on the portable lowering. Quantization must agree to the bit, products to float32
+rounding; every schedule must agree with every other to the bit; the emulator reports any race.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxfp8
+from jaxfp8 import _ffi
+from tests import kernel_cases as cases
+from tests import oracle
+from tests.emulated_platform import emulated_platform
+
+pytestmark = [
+    pytest.mark.emulated,
+    pytest.mark.skipif(not _ffi.images(), reason="this build of jaxfp8 holds no kernels"),
+]
+
+SEEDS = (0, 1, 2)
+F32 = 1e-6
+BF16 = 2**-8  # neighbours on both sides of a rounding
+BOTH = [jnp.bfloat16, jnp.float32]
+
+
+def emulate(run, seeds=SEEDS, num_sms=2):
+    """What `run` gives on the emulated platform, the same bits under every schedule."""
+    results = []
+    for seed in seeds:
+        with emulated_platform(seed=seed, num_sms=num_sms):
+            results.append({name: np.asarray(v) for name, v in run().items()})
+    for other in results[1:]:
+        for name, v in results[0].items():
+            np.testing.assert_array_equal(v.view(np.uint8), other[name].view(np.uint8))
+    return results[0]
+
+
+def tolerance(dtype):
+    return F32 if np.dtype(dtype) == np.float32 else BF16
+
+
+def assert_products_agree(run, **options):
+    want = {name: np.asarray(v) for name, v in run().items()}
+    got = emulate(run, **options)
+    for name, v in want.items():
+        assert got[name].dtype == v.dtype
+        oracle.assert_close(got[name], v, tolerance(v.dtype))
+
+
+def assert_bits_agree(run, **options):
+    want = run()
+    got = emulate(run, **options)
+    for name, v in want.items():
+        np.testing.assert_array_equal(got[name], np.asarray(v), err_msg=name)
+
+
+@pytest.mark.parametrize("shape", cases.GEMM_SHAPES, ids=str)
+def test_gemm_of_any_shape(shape):
+    out_dtype = BOTH[sum(shape) % 2]
+    seeds = SEEDS if shape[0] * shape[1] * shape[2] < 2**22 else (0, 1)
+    assert_products_agree(cases.gemm(shape, out_dtype=out_dtype), seeds=seeds)
+
+
+@pytest.mark.parametrize("shape", cases.GEMM_SHAPES[::3], ids=str)
+def test_gemm_of_two_1x128_operands(shape):
+    run = cases.gemm(shape, square=False, out_dtype=BOTH[sum(shape) % 2])
+    assert_products_agree(run, seeds=(0, 1))
+
+
+@pytest.mark.parametrize("square", [True, False], ids=["128x128", "1x128"])
+@pytest.mark.parametrize("out_dtype", BOTH, ids=["bf16", "f32"])
+def test_gemm_accumulates(square, out_dtype):
+    run = cases.gemm((130, 136, 272), square=square, out_dtype=out_dtype, accum=True)
+    assert_products_agree(run, seeds=(0, 1))
+
+
+@pytest.mark.parametrize("square", [True, False], ids=["128x128", "1x128"])
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "batched"])
+def test_batched_gemm(square, shared):
+    run = cases.batched(3, (70, 136, 200), shared=shared, square=square, out_dtype=jnp.float32)
+    assert_products_agree(run, seeds=(0, 1))
+
+
+def test_gemm_shows_nonfinite_blocks():
+    x, w = np.ones((130, 300), np.float32), np.ones((300, 260), np.float32)
+    x[2, 5], w[290, 130] = np.inf, np.nan
+    lhs, (rhs, _) = jaxfp8.quantize(x), jaxfp8.quantize_weight(w)
+    with emulated_platform():
+        got = np.asarray(jaxfp8.gemm(lhs, rhs, out_dtype=jnp.float32))
+    bad = np.zeros((130, 260), bool)
+    bad[2], bad[:, 128:256] = True, True
+    np.testing.assert_array_equal(~np.isfinite(got), bad)
+
+
+@pytest.mark.parametrize("groups", cases.GROUPS)
+def test_grouped_gemm(groups):
+    assert_products_agree(cases.grouped(groups, out_dtype=jnp.float32))
+
+
+def test_grouped_gemm_in_bfloat16():
+    assert_products_agree(cases.grouped("unequal"), seeds=(0, 1))
+
+
+@pytest.mark.parametrize("sizes", [[0, 1, 127], [128, 129, 130], [500, -3, 64]], ids=str)
+def test_masked_grouped_gemm(sizes):
+    assert_products_agree(cases.masked(130, sizes, out_dtype=jnp.float32), seeds=(0, 1))
+
+
+@pytest.mark.parametrize("groups", cases.GROUPS)
+@pytest.mark.parametrize("accum", [False, True], ids=["store", "accumulate"])
+def test_grouped_wgrad_gemm(groups, accum):
+    seeds = SEEDS if groups in ("unequal", "exactly 128") else (0,)
+    assert_products_agree(cases.grouped_wgrad(groups, accum=accum), seeds=seeds)
+
+
+@pytest.mark.parametrize("kind", ["rows", "blocks", "both", "weight"])
+@pytest.mark.parametrize("shape", cases.QUANTIZE_SHAPES, ids=str)
+def test_quantizers_agree_to_the_bit(kind, shape):
+    i = sum(shape)
+    run = cases.quantizer(
+        kind,
+        shape,
+        input_dtype=(np.float32, jnp.bfloat16, np.float16)[i % 3],
+        dtype=(cases.E4M3, cases.E5M2)[i // 3 % 2],
+        scale_format=("float32", "pow2")[i // 2 % 2],
+    )
+    assert_bits_agree(run, seeds=(0, 1))
+
+
+@pytest.mark.parametrize("groups", cases.GROUPS)
+def test_ragged_quantizers_agree_to_the_bit(groups):
+    assert_bits_agree(cases.ragged_quantizer(groups), seeds=(0, 1))
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        jaxfp8.Recipe(),
+        jaxfp8.Recipe(grad_dtype=jnp.float8_e5m2, scale_format="pow2"),
+        jaxfp8.Recipe(num_sms=1),
+    ],
+    ids=repr,
+)
+def test_linear_trains(recipe):
+    assert_products_agree(cases.train_linear((130, 200, 136), recipe), seeds=(0, 1))
+
+
+@pytest.mark.parametrize("groups", ["unequal", "fewer than M"])
+def test_ragged_dot_trains(groups):
+    assert_products_agree(cases.train_ragged_dot(groups), seeds=(0, 1))

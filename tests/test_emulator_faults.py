@@ -234,6 +234,17 @@ MUTATIONS = [
         (UninitializedRead, OutOfBounds),
     ),
     (STORE, "the tile is stored twice", r"(    cp\.async\.bulk\.tensor.*\n)", r"\1\1", DoubleWrite),
+    # lanes of one warp
+    (STORE, "lanes wrote the source, one lane stores it", r"bar.sync 0;", "", Race),
+    ("stmatrix.x4", "lanes read what stmatrix wrote", r"bar.warp.sync -1;", "", Race),
+    ("ldmatrix.x4", "ldmatrix reads what lanes wrote", r"bar.warp.sync -1;", "", Race),
+    (
+        "cp.async.ca.shared of 8 bytes",
+        "lanes read what other lanes copied",
+        r"bar.warp.sync -1;",
+        "",
+        Race,
+    ),
     # cp.async
     ("cp.async groups", "nobody waits for the copy", r"cp.async.wait_group 1;", "", Race),
     (
@@ -644,6 +655,50 @@ END:""",
     program("%r1").run()
     with pytest.raises(DoubleWrite):
         program("%r2").run()
+
+
+def test_an_elected_lane_releases_only_what_the_warp_has_synchronized():
+    """Lanes of warp 0 read; lane 0 arrives; warp 1 overwrites. All need a bar.warp.sync."""
+
+    def program(sync: str) -> Program:
+        text = kernel(
+            "u64",
+            INITIALIZE
+            + f"""
+    ld.param.u64 %d1, [p0];
+    and.b32 %r1, %r100, 31;
+    mad.lo.u32 %r2, %r1, 4, %r102;
+    setp.ge.u32 %p1, %r100, 32;
+    @%p1 bra OVERWRITE;
+    st.shared.u32 [%r2], %r100;
+    ld.shared.u32 %r3, [%r2];
+    {sync}
+    @!%p10 mbarrier.arrive.shared::cta.b64 _, [%r101];
+    bra END;
+OVERWRITE:
+"""
+            + wait()
+            + """
+    st.shared.u32 [%r2], %r100;
+    ld.shared.u32 %r3, [%r2];
+END:
+    mad.wide.u32 %d2, %r100, 4, %d1;
+    st.global.u32 [%d2], %r3;""",
+            module=MODULE,
+        )
+
+        def check(got):
+            np.testing.assert_array_equal(got, np.arange(64))
+
+        return Program(
+            "", text, lambda: [np.zeros(64, np.uint32)], check, block=64, dynamic_smem=128
+        )
+
+    for sync in ("bar.warp.sync -1;", "shfl.sync.idx.b32 %r5, %r3, 0, 31, -1;"):
+        for seed in range(4):
+            program(sync).run(seed)
+    with pytest.raises(Race):
+        program("").run()
 
 
 def test_cp_async_needs_a_proxy_fence_before_the_asynchronous_proxy_reads():

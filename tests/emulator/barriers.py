@@ -138,7 +138,7 @@ class Barrier(Special):
         assert warp.barrier_token is not None
         warp.join_clock(*warp.barrier_token)
         warp.barrier_token = None
-        warp.tick()
+        warp.sync_lanes()
         if self.action == "red":
             votes = warp.barrier_votes
             assert votes is not None
@@ -186,6 +186,7 @@ class ClusterBarrier:
             issue.fault(BarrierMisuse, "barrier.cluster.wait without an arrive")
         if self.round >= warp.cluster_arrival:
             warp.join_clock(*self.snapshot)
+            warp.sync_lanes()
             warp.cluster_passed = warp.cluster_arrival
             return True
         warp.blocked = self

@@ -260,6 +260,7 @@ class BulkLoad(_Transfer):
             barrier = barrier_at(issue, home, barrier_offset)
             barrier.check_visible(issue, asynchronous=True)
             span = cta.shared.span(offset, nbytes)
+            cta.shared.check_lanes(warp, lane, span, "a bulk load", write=True)
             cta.shared.async_write(warp, span, barrier.agent, barrier.clock + 1, "a bulk load")
             token = object()
             barrier.in_flight.append(token)
@@ -363,6 +364,7 @@ class BulkStoreInstruction(_Transfer):
             )
         span = cta.shared.span(offset, nbytes)
         agent = cluster.first_bulk + warp.index
+        cta.shared.check_lanes(warp, lane, span, "a bulk store", write=False)
         cta.shared.async_read(
             warp.name, warp.seen, warp.proxied, span, agent, warp.bulk_committed + 1, "a bulk store"
         )

@@ -117,7 +117,8 @@ class CopyAsync(Special):
         cta.shared.bounds(offsets, size)
         group = copies_of(warp)
         granules = cta.shared.granules(offsets, size)
-        cta.shared.generic_async_write(warp, granules, group.agent, group.issued + 1)
+        each = np.repeat(lanes, len(granules) // len(lanes))
+        cta.shared.generic_async_write(warp, each, granules, group.agent, group.issued + 1)
         columns = offsets[:, None] + np.arange(size)
         cta.shared.bytes[columns] = POISON
         at = cluster.at

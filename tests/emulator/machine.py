@@ -67,6 +67,10 @@ class Warp:
         self.cluster_passed = 0
         self.registers = 0
         self.tensor_maps: dict[int, int] = {}  # address: version acquired by a fence
+        # Lanes of the warp among themselves: see `Cluster`, and `SharedMemory`.
+        self.single = cta.cluster.first_single + index
+        self.synced = 0
+        self.epoch = cta.cluster.new_epoch()
 
     @property
     def cluster(self) -> Cluster:
@@ -74,7 +78,28 @@ class Warp:
 
     def tick(self):
         """A new epoch: what the warp does next is not ordered by what it released."""
-        self.cluster.seen[self.index, self.index] += 1
+        seen = self.cluster.seen[self.index]
+        seen[self.index] += 1
+        seen[self.single] = seen[self.index]
+
+    def sync_lanes(self):
+        """bar.warp.sync, or more: what lanes did before is ordered before what any lane does."""
+        self.epoch = self.cluster.new_epoch()
+        self.meet()
+
+    def meet(self):
+        """All lanes were here: a later release by one lane covers what they did."""
+        self.synced = int(self.seen[self.index])
+        self.tick()
+
+    def released(self, by_one_lane: bool) -> tuple[np.ndarray, np.ndarray]:
+        """The clocks that an arrival releases."""
+        if not by_one_lane or self.synced >= self.seen[self.index]:
+            return self.seen, self.proxied
+        seen, proxied = self.seen.copy(), self.proxied.copy()
+        seen[self.index] = self.synced
+        proxied[self.index] = min(int(proxied[self.index]), self.synced)
+        return seen, proxied
 
     def join_clock(self, seen: np.ndarray, proxied: np.ndarray):
         """Acquire: everything ordered before those clocks is ordered before me."""
@@ -223,10 +248,15 @@ class Cluster:
     """A cluster of CTAs, its agents and their vector clocks.
 
     Agents, in the order of their numbers: the warps; one for the wgmma of each warpgroup; one for
-    the bulk stores of each warp (these three read shared memory); one for the cp.async of each
-    warp; one for each mbarrier (the copies that complete on it); "nobody yet" and "an mbarrier
-    object". The clock of a warp counts its releases; of wgmma and bulk stores, their groups; of an
-    mbarrier, its phases.
+    the bulk stores of each warp; one for the accesses of a warp that a single lane makes (these
+    four read shared memory); one for the cp.async of each warp; one for each mbarrier (the copies
+    that complete on it); "nobody yet" and "an mbarrier object". The clock of a warp, and of its
+    single lanes, counts its releases; of wgmma and bulk stores, their groups; of an mbarrier, its
+    phases.
+
+    A release by one lane alone, such as an arrival at an mbarrier by an elected lane, covers what
+    single lanes did before it, but what several lanes did only up to the last bar.warp.sync (or
+    shfl, vote, match or redux.sync, at which all lanes meet).
     """
 
     def __init__(self, launch: Launch, blocks: list[tuple[int, int, int]]):
@@ -242,7 +272,8 @@ class Cluster:
         warps = self.size * self.warps_per_cta
         self.first_wgmma = warps
         self.first_bulk = warps + groups * self.size
-        self.readers = self.first_bulk + warps
+        self.first_single = self.first_bulk + warps
+        self.readers = self.first_single + warps
         self.first_copy = self.readers
         self.first_mbarrier = self.first_copy + warps
         self.uninitialized = self.first_mbarrier + _MBARRIERS_PER_CTA * self.size
@@ -252,7 +283,9 @@ class Cluster:
         self._mbarrier_names: dict[int, str] = {}
         self.seen = np.zeros((warps, self.agents), np.int32)
         self.proxied = np.zeros((warps, self.agents), np.int32)
-        self.seen[np.arange(warps), np.arange(warps)] = 1
+        every = np.arange(warps)
+        self.seen[every, every] = self.seen[every, self.first_single + every] = 1
+        self._epochs = 0
         self.at = 0  # index of the instruction being executed
         self.steps = 0
         self.progress = 0  # counts events that may unblock a warp
@@ -261,6 +294,11 @@ class Cluster:
         self.barrier: ClusterBarrier = ClusterBarrier(self)
         self.ctas = [Cta(self, rank, block) for rank, block in enumerate(blocks)]
         self.warps = [warp for cta in self.ctas for warp in cta.warps]
+
+    def new_epoch(self) -> int:
+        """A number for a stretch of a warp's life between two synchronisations of its lanes."""
+        self._epochs += 1
+        return self._epochs
 
     def new_mbarrier_agent(self, name: str) -> int:
         agent = self.first_mbarrier + self._mbarrier_count
@@ -278,8 +316,10 @@ class Cluster:
             groups = -(-self.warps_per_cta // 4)
             number -= self.first_wgmma
             return f"wgmma of cta{number // groups} warpgroup{number % groups}"
-        if number < self.readers:
+        if number < self.first_single:
             return f"bulk store of {self.agent(number - self.first_bulk)}"
+        if number < self.readers:
+            return self.agent(number - self.first_single)
         if number < self.first_mbarrier:
             return f"cp.async of {self.agent(number - self.first_copy)}"
         return f"asynchronous copy on {self._mbarrier_names.get(number, '?')}"

@@ -135,7 +135,7 @@ class MBarrier:
         cluster, warp = self.cluster, issue.warp
         if not cluster.check_races:
             return
-        who = self.initializer.index
+        who = self.initializer.single
         passed = warp.cluster_passed > self.initialized_round
         if warp.seen[who] < self.initialized and not (self.published and passed):
             issue.fault(
@@ -235,7 +235,7 @@ class MBarrierInstruction(Special):
             rank, offset = shared_place(int(addresses[lane]))
             argument = int(arguments[lane]) if arguments is not None else None
             if self.action == "init":
-                self._initialize(issue, rank, offset, argument)
+                self._initialize(issue, lane, rank, offset, argument)
                 continue
             barrier = barrier_at(issue, rank, offset)
             barrier.check_visible(issue)
@@ -262,12 +262,12 @@ class MBarrierInstruction(Special):
                     )
                 barrier.arrive(count, issue.warp.name)
                 if barrier.cta is not issue.cta:
-                    own = issue.warp.index
+                    own = issue.warp.single
                     barrier.remote_arrivals[own] = int(issue.warp.seen[own])
                 if self.action == "arrive_drop":
                     barrier.expected -= count
                 if not self.relaxed:
-                    barrier.release(issue.warp.seen, issue.warp.proxied)
+                    barrier.release(*issue.warp.released(issue.by_one_lane))
             if barrier.complete_phase():
                 completed.add(barrier)
         if self.target is not None:
@@ -275,7 +275,7 @@ class MBarrierInstruction(Special):
         issue.warp.tick()
         return True
 
-    def _initialize(self, issue: Issue, rank: int, offset: int, count: int):
+    def _initialize(self, issue: Issue, lane: int, rank: int, offset: int, count: int):
         cta = _barrier_home(issue, rank, offset)
         if cta is not issue.cta:
             issue.fault(OutOfBounds, "mbarrier.init in another CTA")
@@ -288,7 +288,7 @@ class MBarrierInstruction(Special):
             issue.fault(
                 BarrierMisuse, f"mbarrier.init of {barrier!r}, which is live", offset=offset
             )
-        cta.shared.hold_barrier(issue.warp, offset)
+        cta.shared.hold_barrier(issue.access(lane), offset)
         barrier.initialize(count, issue.warp)
         issue.warp.tick()
 
@@ -325,6 +325,8 @@ class MBarrierInstruction(Special):
                 return False
             warp.last_poll = (here[0], here[1] + 1)
         warp.poll_expired = False
+        if not unfinished and issue.mask is None:
+            warp.sync_lanes()  # a phase is over for all lanes
         if not self.relaxed:
             for barrier, done in polled.values():
                 if done:

@@ -11,13 +11,17 @@ visible to the asynchronous proxy only after a proxy fence. Each warp therefore 
 clocks, `seen` (ordered before me) and `proxied` (ordered before me and visible to the asynchronous
 proxy); `fence.proxy.async` raises the second to the first.
 
+Lanes of one warp are ordered by their warp's synchronisations only (bar.warp.sync, or a barrier):
+for each granule the shadow also holds the lanes of the last write and read, and their epochs. Two
+lanes that access it in one epoch, one of them writing, race.
+
 Shared memory starts poisoned (all ones: NaN in every float type), and so is the target of an
 asynchronous copy until the copy completes.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -30,6 +34,23 @@ FIRST = 0x400  # the first KiB of shared memory belongs to the system
 MAX_BYTES = 227 * 1024
 _NEVER = 1 << 30  # a clock that nobody reaches
 POISON = 0xFF
+
+
+ALL_LANES = 64  # the lane of an access that all lanes of a warp make together
+_SEVERAL = 65  # the lane of reads by different lanes
+
+
+class Access(NamedTuple):
+    """Who makes a generic access: numbers, or arrays of one number for each granule.
+
+    who: the warp. agent: as whom it is recorded, the warp or a single lane of it. lane, epoch: the
+    lane, and the warp's epoch (`Warp.epoch`).
+    """
+
+    who: Any
+    agent: Any
+    lane: Any
+    epoch: Any
 
 
 class SharedMemory:
@@ -49,6 +70,10 @@ class SharedMemory:
             self.written = np.full(count, _NEVER, np.int32)
             self.site = np.zeros(count, np.int32)  # instruction of the last write
             self.reads = np.zeros((count, cluster.readers), np.int32)
+            self.write_lane = np.zeros(count, np.int8)
+            self.write_epoch = np.zeros(count, np.int32)
+            self.read_lane = np.zeros(count, np.int8)
+            self.read_epoch = np.zeros(count, np.int32)
 
     # --- bounds ---
 
@@ -86,35 +111,49 @@ class SharedMemory:
 
     # --- generic proxy ---
 
-    def read(self, who, granules):
-        """Generic reads: `who` is a warp's index, or one for each granule."""
+    def read(self, access: Access, granules):
+        """Generic reads."""
         if not self.checked:
             return
+        who, agent, lane, epoch = access
         seen = self.cluster.seen
         ok = seen[who, self.writer[granules]] >= self.written[granules]
         if not ok.all():
             self._unordered(who, granules, ok, "read")
-        self.reads[granules, who] = seen[who, who]
+        clash = (self.write_epoch[granules] == epoch) & (self.write_lane[granules] != lane)
+        if clash.any():
+            self._lanes_race(who, granules, clash, "read", "a write")
+        self.reads[granules, agent] = seen[who, agent]
+        other = (self.read_epoch[granules] == epoch) & (self.read_lane[granules] != lane)
+        self.read_lane[granules] = lane
+        other |= self.read_lane[granules] != lane  # several lanes in this very access
+        if other.any():
+            self.read_lane[granules[other]] = _SEVERAL
+        self.read_epoch[granules] = epoch
 
-    def write(self, who, granules):
+    def write(self, access: Access, granules):
         """Generic writes."""
         if not self.checked:
             return
+        who, agent, lane, epoch = access
         cluster = self.cluster
         writer = self.writer[granules]
         seen = cluster.seen
         ok = (seen[who, writer] >= self.written[granules]) | (writer == cluster.uninitialized)
         if not ok.all():
             self._unordered(who, granules, ok, "write")
-        several = isinstance(who, np.ndarray)
         limit = seen[who, : cluster.readers]
         if not (self.reads[granules] <= limit).all():
             self._still_read(who, granules, limit)
-        self.writer[granules] = who
-        self.written[granules] = seen[who, who]
-        self.site[granules] = cluster.at
-        if several and (self.writer[granules] != who).any():
-            bad = np.flatnonzero(self.writer[granules] != who)[0]
+        clash = (self.write_epoch[granules] == epoch) & (self.write_lane[granules] != lane)
+        if clash.any():
+            self._lanes_race(who, granules, clash, "write", "a write")
+        clash = (self.read_epoch[granules] == epoch) & (self.read_lane[granules] != lane)
+        if clash.any():
+            self._lanes_race(who, granules, clash, "write", "a read")
+        self._record(access, granules, cluster.at)
+        if isinstance(who, np.ndarray) and (self.writer[granules] != agent).any():
+            bad = np.flatnonzero(self.writer[granules] != agent)[0]
             cluster.fault(
                 Race,
                 "two warps write the same shared memory with nothing between them to order them",
@@ -123,7 +162,14 @@ class SharedMemory:
                 offset=int(granules[bad]) * self.granule,
             )
 
-    def atomic(self, who, granules):
+    def _record(self, access: Access, granules, site: int):
+        self.writer[granules] = access.agent
+        self.written[granules] = self.cluster.seen[access.who, access.agent]
+        self.site[granules] = site
+        self.write_lane[granules] = access.lane
+        self.write_epoch[granules] = access.epoch
+
+    def atomic(self, access: Access, granules):
         """Atomic read-modify-write: unordered against other atomics, ordered against the rest.
 
         Recorded as a write, and as a read, so that later plain writes must be ordered after every
@@ -131,18 +177,29 @@ class SharedMemory:
         """
         if not self.checked:
             return
+        who = access.who
         seen = self.cluster.seen
         atomic = self.site[granules] < 0  # the last write was atomic
         ok = (seen[who, self.writer[granules]] >= self.written[granules]) | atomic
         if not ok.all():
             self._unordered(who, granules, ok, "atomic access")
-        limit = np.array(seen[who, : self.cluster.readers])
+        limit = seen[who, : self.cluster.readers]
         if not atomic.all() and not (self.reads[granules] <= limit).all():
             self._still_read(who, granules, limit)
-        self.writer[granules] = who
-        self.written[granules] = seen[who, who]
-        self.site[granules] = -1 - self.cluster.at
+        self._record(access, granules, -1 - self.cluster.at)
         self.reads[granules, who] = seen[who, who]
+
+    def check_lanes(self, warp: Warp, lane: int, granules: slice, what: str, *, write: bool):
+        """An asynchronous operation that one lane issues, against the other lanes of its warp."""
+        if not self.checked:
+            return
+        clash = (self.write_epoch[granules] == warp.epoch) & (self.write_lane[granules] != lane)
+        if clash.any():
+            self._lanes_race(warp.index, granules, clash, what, "a write")
+        if write:
+            clash = (self.read_epoch[granules] == warp.epoch) & (self.read_lane[granules] != lane)
+            if clash.any():
+                self._lanes_race(warp.index, granules, clash, what, "a read")
 
     # --- asynchronous proxy ---
 
@@ -178,7 +235,7 @@ class SharedMemory:
             self._no_fence(warp.name, granules, ok, f"{what} overwrites")
         self._record_async(who, granules, agent, clock)
 
-    def generic_async_write(self, warp: Warp, granules, agent: int, clock: int):
+    def generic_async_write(self, warp: Warp, lanes, granules, agent: int, clock: int):
         """A write by non-bulk cp.async: asynchronous, but through the generic proxy."""
         if not self.checked:
             return
@@ -188,7 +245,16 @@ class SharedMemory:
         ok |= writer == cluster.uninitialized
         if not ok.all():
             self._unordered(who, granules, ok, "cp.async")
+        for epochs, owners, what in (
+            (self.write_epoch, self.write_lane, "a write"),
+            (self.read_epoch, self.read_lane, "a read"),
+        ):
+            clash = (epochs[granules] == warp.epoch) & (owners[granules] != lanes)
+            if clash.any():
+                self._lanes_race(who, granules, clash, "cp.async", what)
         self._record_async(who, granules, agent, clock)
+        self.write_lane[granules] = lanes
+        self.write_epoch[granules] = warp.epoch
 
     def _record_async(self, who: int, granules, agent: int, clock: int):
         limit = self.cluster.seen[who, : self.cluster.readers]
@@ -197,14 +263,15 @@ class SharedMemory:
         self.writer[granules] = agent
         self.written[granules] = clock
         self.site[granules] = self.cluster.at
+        self.write_epoch[granules] = 0
 
     # --- mbarrier objects ---
 
-    def hold_barrier(self, warp: Warp, offset: int):
+    def hold_barrier(self, access: Access, offset: int):
         """An mbarrier object lives here now: any ordinary access is an error."""
         granules = self.span(offset, 8)
         if self.checked:
-            self.write(warp.index, np.arange(granules.start, granules.stop))
+            self.write(access, np.arange(granules.start, granules.stop))
             self.writer[granules] = self.cluster.barrier_object
             self.written[granules] = _NEVER
 
@@ -227,9 +294,9 @@ class SharedMemory:
             return
         cluster = self.cluster
         first = cluster.ctas[self.rank].warps[0].index
-        last = first + cluster.warps_per_cta
-        foreign = (self.writer < first) | (self.writer >= last)
-        foreign &= self.writer < cluster.uninitialized
+        own = np.arange(first, first + cluster.warps_per_cta)
+        own = np.concatenate([own, cluster.first_single + own])
+        foreign = (self.writer < cluster.uninitialized) & ~np.isin(self.writer, own)
         late = foreign & (self.written > seen.take(self.writer))
         if late.any():
             granule = int(np.flatnonzero(late)[0])
@@ -242,7 +309,8 @@ class SharedMemory:
                 offset=granule * self.granule,
             )
         if cluster.size > 1:
-            others = [a for a in range(cluster.first_wgmma) if not first <= a < last]
+            every = [*range(cluster.first_wgmma), *range(cluster.first_single, cluster.readers)]
+            others = np.setdiff1d(every, own)
             pending = self.reads[:, others] > seen[others]
             if pending.any():
                 granule, column = (int(i[0]) for i in np.nonzero(pending))
@@ -250,7 +318,7 @@ class SharedMemory:
                     ExitedCta,
                     f"cta{self.rank} may end before a read of its shared memory offset "
                     f"{granule * self.granule:#x}",
-                    actor=cluster.agent(others[column]),
+                    actor=cluster.agent(int(others[column])),
                     offset=granule * self.granule,
                 )
 
@@ -296,6 +364,21 @@ class SharedMemory:
             actor=actor,
             other=f"{cluster.agent(writer)}, {cluster.site(int(self.site[granule]))}",
             offset=offset,
+        )
+
+    def _lanes_race(self, who, granules, clash, what: str, earlier: str):
+        position, granule = self._first(granules, clash)
+        lane = int((self.write_lane if earlier == "a write" else self.read_lane)[granule])
+        lanes = f"lane {lane}" if lane < 32 else "several lanes"
+        self.cluster.fault(
+            Race,
+            f"{what} of shared memory offset {granule * self.granule:#x} of cta{self.rank} is not "
+            f"ordered after {earlier} by {lanes} of the same warp: bar.warp.sync is missing",
+            actor=self._actor(who, position),
+            other=f"{lanes}, {self.cluster.site(int(self.site[granule]))}"
+            if earlier == "a write"
+            else lanes,
+            offset=granule * self.granule,
         )
 
     def _still_read(self, who, granules, limit):

@@ -14,6 +14,7 @@ from . import tensormap
 from .errors import Divergence, Misaligned, RegisterBudget, Trap, UnknownInstruction
 from .parser import Instruction
 from .program import OFFSET_MASK, PARAM_WINDOW, WINDOW_SHIFT
+from .shared import Access
 
 if TYPE_CHECKING:
     from .emit import Operands
@@ -48,6 +49,15 @@ class Issue:
 
     def lanes(self):
         return range(32) if self.mask is None else np.flatnonzero(self.mask).tolist()
+
+    @property
+    def by_one_lane(self) -> bool:
+        return self.mask is not None and self.mask.sum() == 1 and self.warp.alive.sum() > 1
+
+    def access(self, lane: int) -> Access:
+        """An access to shared memory by one lane."""
+        agent = self.warp.single if self.by_one_lane else self.warp.index
+        return Access(self.warp.index, agent, lane, self.warp.epoch)
 
     def write(self, slot: int, values: np.ndarray):
         where = True if self.mask is None else self.mask
@@ -276,7 +286,7 @@ class TensorMapReplace(Special):
                 if offset % 128:
                     issue.fault(Misaligned, "a tensor map is 128-byte aligned", offset=offset)
                 span = shared.span(offset, tensormap.BYTES)
-                shared.write(issue.warp.index, np.arange(span.start, span.stop))
+                shared.write(issue.access(lane), np.arange(span.start, span.stop))
                 target = shared.bytes[offset : offset + tensormap.BYTES]
             else:
                 region = issue.cluster.memory.find_writable(place, tensormap.BYTES)

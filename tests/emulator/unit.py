@@ -13,6 +13,7 @@ from .errors import Divergence, ExitedCta, Misaligned, OutOfBounds, Unsupported
 from .machine import Cta, Warp
 from .memory import Region
 from .program import DTYPES, OFFSET_MASK, PARAM_WINDOW, RANK_SHIFT, UNSIGNED, WINDOW_SHIFT
+from .shared import ALL_LANES, Access
 
 u32, u64 = np.uint32, np.uint64
 _LANES = np.arange(32, dtype=u32)
@@ -87,7 +88,18 @@ class Unit:
         return active
 
     def warp_sync(self, members, mask):
-        self._agree(members, mask, "bar.warp.sync")
+        active = self._agree(members, mask, "bar.warp.sync")
+        for i, warp in enumerate(self.warps):
+            if active[i].any():
+                warp.sync_lanes()
+
+    def _meet(self, members, mask, what: str) -> np.ndarray:
+        """The lanes that a collective instruction brings together."""
+        active = self._agree(members, mask, what)
+        for i, warp in enumerate(self.warps):
+            if active[i].any():
+                warp.meet()
+        return active
 
     def elect(self, leader, chosen, members, mask):
         """elect.sync: the emulator elects the lowest executing lane."""
@@ -102,7 +114,7 @@ class Unit:
 
     def shfl(self, mode, target, ok, source, b, c, members, mask):
         """shfl.sync (PTX ISA 9.7.9.6): c holds the segment mask and the clamp."""
-        self._agree(members, mask, "shfl.sync")
+        self._meet(members, mask, "shfl.sync")
         source = self._wide(source)
         b, c = b.astype(np.int64) & 31, c.astype(np.int64)
         segment, clamp = (c >> 8) & 31, c & 31
@@ -131,7 +143,7 @@ class Unit:
             np.copyto(ok, inside, where=where)
 
     def vote(self, mode, target, predicate, members, mask):
-        active = self._agree(members, mask, "vote.sync")
+        active = self._meet(members, mask, "vote.sync")
         given = self._wide(predicate).reshape(-1, 32)
         if mode == "any":
             result = (given & active).any(axis=1)
@@ -148,14 +160,14 @@ class Unit:
         np.copyto(target, result, where=True if mask is None else mask)
 
     def match_any(self, target, value, members, mask):
-        active = self._agree(members, mask, "match.sync")
+        active = self._meet(members, mask, "match.sync")
         rows = self._wide(value).reshape(-1, 32)
         same = (rows[:, :, None] == rows[:, None, :]) & active[:, None, :]
         result = _pack(same.reshape(-1, 32))
         np.copyto(target, result, where=True if mask is None else mask)
 
     def redux(self, operation, target, value, members, mask):
-        active = self._agree(members, mask, "redux.sync")
+        active = self._meet(members, mask, "redux.sync")
         rows = self._wide(value).reshape(-1, 32)
         for i in range(len(self.warps)):
             if active[i].any():
@@ -234,11 +246,27 @@ class Unit:
             message = f"access to the shared memory of {cta.name}, which has ended"
             self.cluster.fault(ExitedCta, message, actor=self.name)
 
-    def _warps_of(self, lanes):
-        """The clock index of each lane: one number for a single warp."""
+    def _access(self, lanes, here, repeat: int) -> Access:
+        """Who accesses shared memory: `repeat` granules for each of some lanes."""
+        lane = np.arange(self.size) if lanes is None else lanes
+        if here is not None:
+            lane = lane[here]
         if len(self.warps) == 1:
-            return self.warps[0].index
-        return self.who if lanes is None else self.who[lanes]
+            warp = self.warps[0]
+            alone = len(lane) == 1 and warp.alive.sum() > 1
+            agent = warp.single if alone else warp.index
+            lane = np.repeat(lane, repeat) if repeat > 1 else lane
+            return Access(warp.index, agent, lane, warp.epoch)
+        who = self.who[lane]
+        agents = who
+        if lanes is not None or here is not None:
+            alone = np.bincount(lane // 32, minlength=len(self.warps))[lane // 32] == 1
+            agents = np.where(alone, who + self.cluster.first_single, who)
+        epoch = np.array([w.epoch for w in self.warps])[lane // 32]
+        found = (who, agents, lane % 32, epoch)
+        if repeat > 1:
+            found = tuple(np.repeat(x, repeat) for x in found)
+        return Access(*found)
 
     # --- loads and stores ---
 
@@ -273,13 +301,12 @@ class Unit:
         nbytes = itemsize * vector
         if space.startswith("shared"):
             out = None
-            who = self._warps_of(lanes)
             for cta, offsets, here in self._owners(space, addresses):
                 shared = cta.shared
                 shared.bounds(offsets, nbytes)
                 if shared.checked:
-                    some = who if here is None or not isinstance(who, np.ndarray) else who[here]
-                    self._shadow(shared.read, shared, some, offsets, nbytes)
+                    access = self._access(lanes, here, max(1, nbytes // shared.granule))
+                    shared.read(access, shared.granules(offsets, nbytes))
                 part = _take(shared.views[itemsize], offsets // itemsize, vector)
                 if here is None:
                     return part
@@ -340,13 +367,12 @@ class Unit:
         vector = data.shape[1]
         nbytes = itemsize * vector
         if space.startswith("shared"):
-            who = self._warps_of(lanes)
             for cta, offsets, here in self._owners(space, addresses):
                 shared = cta.shared
                 shared.bounds(offsets, nbytes)
                 if shared.checked:
-                    some = who if here is None or not isinstance(who, np.ndarray) else who[here]
-                    self._shadow(shared.write, shared, some, offsets, nbytes)
+                    access = self._access(lanes, here, max(1, nbytes // shared.granule))
+                    shared.write(access, shared.granules(offsets, nbytes))
                 part = data if here is None else data[here]
                 index = offsets // itemsize
                 if vector == 1:
@@ -375,12 +401,6 @@ class Unit:
             columns = offsets[:, None] + np.arange(nbytes)
             self._log_global_store(region, columns)
             region.bytes[columns] = raw if here is None else raw[here]
-
-    def _shadow(self, check, shared, who, offsets, nbytes):
-        granules = shared.granules(offsets, nbytes)
-        if isinstance(who, np.ndarray) and len(granules) != len(who):
-            who = np.repeat(who, len(granules) // len(who))
-        check(who, granules)
 
     def _local_bounds(self, offsets, nbytes):
         if (offsets < 0).any() or (offsets + nbytes > self.cta.local.shape[1]).any():
@@ -455,8 +475,9 @@ class Unit:
                 return region.bytes[start : start + itemsize]
         for cta, offsets, _ in self._owners(space, place):
             cta.shared.bounds(offsets, itemsize)
-            who = self.warps[lane // 32].index
-            cta.shared.atomic(who, cta.shared.granules(offsets, itemsize))
+            warp = self.warps[lane // 32]
+            access = Access(warp.index, warp.index, ALL_LANES, warp.epoch)
+            cta.shared.atomic(access, cta.shared.granules(offsets, itemsize))
             start = int(offsets[0])
             return cta.shared.bytes[start : start + itemsize]
         raise AssertionError("an address belongs to one buffer")
@@ -496,7 +517,9 @@ class Unit:
             )
             if transposed:
                 tiles = tiles.transpose(0, 2, 1)
-            shared.write(warp.index, shared.granules(offsets, 16))
+            shared.write(
+                Access(warp.index, warp.index, ALL_LANES, warp.epoch), shared.granules(offsets, 16)
+            )
             rows = np.ascontiguousarray(tiles).view(np.uint8).reshape(-1, 16)
             shared.chunks[offsets // 16] = rows
 
@@ -508,7 +531,9 @@ class Unit:
         shared = self.cta.shared
         for i, warp in enumerate(self.warps):
             offsets = self._matrix_rows(i, address, offset, len(targets))
-            shared.read(warp.index, shared.granules(offsets, 16))
+            shared.read(
+                Access(warp.index, warp.index, ALL_LANES, warp.epoch), shared.granules(offsets, 16)
+            )
             tiles = shared.chunks[offsets // 16].view(np.uint16).reshape(len(targets), 8, 8)
             if transposed:
                 tiles = tiles.transpose(0, 2, 1)

@@ -1,0 +1,244 @@
+"""On a Hopper GPU: everything the emulated platform checks, and sizes that only a GPU can run.
+
+`tests/gpu_check.sh` builds the package and runs this file there.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxfp8
+from tests import kernel_cases as cases
+from tests import oracle
+from tests import oracle_quantize as oq
+
+pytestmark = pytest.mark.gpu
+
+# The tensor core keeps about 14 bits of a sum inside a block of 128 and cuts the rest off (DeepSeek-V3, arXiv
+# 2412.19437, 3.3.2). benchmarks/gpu_errors.py, on an H100: 1.3e-4 norm-wise for zero-mean products, 6.6e-4 where all
+# products of a sum have one sign, whatever K.
+F32 = 1e-3
+BF16 = 5e-3
+BOTH = [jnp.bfloat16, jnp.float32]
+
+
+@pytest.fixture(scope="module")
+def cpu():
+    if jax.default_backend() != "gpu":
+        pytest.skip("needs a GPU that JAX can use")
+    return jax.devices("cpu")[0]
+
+
+def on_both(cpu, build):
+    """What a case gives on the GPU, and on the portable lowering with the same operands."""
+    with jax.default_device(cpu):
+        run = build()
+        want = {name: np.asarray(v) for name, v in run().items()}
+    first, second = ({name: np.asarray(v) for name, v in run().items()} for _ in range(2))
+    for name, v in first.items():  # deterministic
+        np.testing.assert_array_equal(v.view(np.uint8), second[name].view(np.uint8))
+    return first, want
+
+
+def assert_products_agree(cpu, build, factor=1):
+    got, want = on_both(cpu, build)
+    for name, v in want.items():
+        assert got[name].dtype == v.dtype
+        bound = F32 if v.dtype == np.float32 else BF16
+        oracle.assert_close(got[name], v, factor * bound)
+
+
+def assert_bits_agree(cpu, build):
+    got, want = on_both(cpu, build)
+    for name, v in want.items():
+        np.testing.assert_array_equal(got[name], v, err_msg=name)
+
+
+@pytest.mark.parametrize("shape", cases.GEMM_SHAPES, ids=str)
+@pytest.mark.parametrize("square", [True, False], ids=["128x128", "1x128"])
+def test_gemm_of_any_shape(cpu, shape, square):
+    for out_dtype in BOTH:
+        assert_products_agree(
+            cpu, lambda out=out_dtype: cases.gemm(shape, square=square, out_dtype=out)
+        )
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (4096, 2112, 7168),
+        (128, 24576, 1536),
+        (64, 7168, 16384),
+        (4097, 4104, 2056),
+        (1, 7168, 2048),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("square", [True, False], ids=["128x128", "1x128"])
+def test_large_gemm(cpu, shape, square):
+    assert_products_agree(cpu, lambda: cases.gemm(shape, square=square, out_dtype=jnp.float32))
+
+
+@pytest.mark.parametrize("dtypes", [(cases.E5M2, cases.E4M3), (cases.E4M3, cases.E5M2)], ids=str)
+@pytest.mark.parametrize("square", [True, False], ids=["128x128", "1x128"])
+def test_gemm_of_mixed_types(cpu, dtypes, square):
+    if square and dtypes[1] == cases.E5M2:
+        pytest.skip("weights are E4M3 in every default recipe; see test_linear_trains")
+    assert_products_agree(cpu, lambda: cases.gemm((130, 136, 272), square=square, dtypes=dtypes))
+
+
+@pytest.mark.parametrize("square", [True, False], ids=["128x128", "1x128"])
+@pytest.mark.parametrize("out_dtype", BOTH, ids=["bf16", "f32"])
+def test_gemm_accumulates(cpu, square, out_dtype):
+    for shape in [(130, 136, 272), (131, 137, 272)]:
+        assert_products_agree(
+            cpu, lambda s=shape: cases.gemm(s, square=square, out_dtype=out_dtype, accum=True)
+        )
+
+
+@pytest.mark.parametrize("square", [True, False], ids=["128x128", "1x128"])
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "batched"])
+def test_batched_gemm(cpu, square, shared):
+    assert_products_agree(
+        cpu,
+        lambda: cases.batched(
+            3, (70, 136, 200), shared=shared, square=square, out_dtype=jnp.float32
+        ),
+    )
+
+
+@pytest.mark.parametrize("groups", cases.GROUPS)
+@pytest.mark.parametrize("out_dtype", BOTH, ids=["bf16", "f32"])
+def test_grouped_gemm(cpu, groups, out_dtype):
+    assert_products_agree(cpu, lambda: cases.grouped(groups, out_dtype=out_dtype))
+
+
+@pytest.mark.parametrize("sizes", [[0, 1, 127], [128, 129, 130], [500, -3, 64]], ids=str)
+@pytest.mark.parametrize("out_dtype", BOTH, ids=["bf16", "f32"])
+def test_masked_grouped_gemm(cpu, sizes, out_dtype):
+    assert_products_agree(cpu, lambda: cases.masked(130, sizes, out_dtype=out_dtype))
+
+
+@pytest.mark.parametrize("groups", cases.GROUPS)
+@pytest.mark.parametrize("accum", [False, True], ids=["store", "accumulate"])
+@pytest.mark.parametrize("out_dtype", BOTH, ids=["bf16", "f32"])
+def test_grouped_wgrad_gemm(cpu, groups, accum, out_dtype):
+    assert_products_agree(
+        cpu, lambda: cases.grouped_wgrad(groups, accum=accum, out_dtype=out_dtype)
+    )
+
+
+@pytest.mark.parametrize("kind", ["rows", "blocks", "both", "weight"])
+@pytest.mark.parametrize("shape", [*cases.QUANTIZE_SHAPES, (1000, 3000), (513, 4096)], ids=str)
+@pytest.mark.parametrize("dtype", [cases.E4M3, cases.E5M2], ids=["e4m3", "e5m2"])
+def test_quantizers_agree_to_the_bit(cpu, kind, shape, dtype):
+    for input_dtype in (np.float32, jnp.bfloat16, np.float16):
+        for scale_format in ("float32", "pow2"):
+            options = dict(input_dtype=input_dtype, dtype=dtype, scale_format=scale_format)
+            assert_bits_agree(cpu, lambda o=options: cases.quantizer(kind, shape, **o))
+
+
+@pytest.mark.parametrize("groups", cases.GROUPS)
+def test_ragged_quantizers_agree_to_the_bit(cpu, groups):
+    for input_dtype in (np.float32, jnp.bfloat16, np.float16):
+        assert_bits_agree(cpu, lambda d=input_dtype: cases.ragged_quantizer(groups, input_dtype=d))
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        jaxfp8.Recipe(),
+        jaxfp8.Recipe(grad_dtype=jnp.float8_e5m2, scale_format="pow2"),
+        jaxfp8.Recipe(num_sms=7),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16], ids=["f32", "bf16"])
+def test_linear_trains(cpu, recipe, dtype):
+    for shape in [(130, 200, 136), (1024, 512, 768), (1000, 513, 257)]:
+        assert_products_agree(cpu, lambda s=shape: cases.train_linear(s, recipe, dtype))
+
+
+@pytest.mark.parametrize("groups", cases.GROUPS)
+def test_ragged_dot_trains(cpu, groups):
+    assert_products_agree(cpu, lambda: cases.train_ragged_dot(groups))
+
+
+def test_nonfinite_blocks_stay_visible(cpu):
+    x, w = np.ones((130, 300), np.float32), np.ones((300, 260), np.float32)
+    x[2, 5], w[290, 130] = np.inf, np.nan
+    got = np.asarray(jax.jit(jaxfp8.linear)(x, w))
+    bad = np.zeros((130, 260), bool)
+    bad[2], bad[:, 128:256] = True, True
+    np.testing.assert_array_equal(~np.isfinite(got), bad)
+
+
+def rows_of(x, w, rows):
+    """Some rows of linear(x, w), in float64 from the oracle's quantization."""
+    weight = oq.dequantize(*oq.quantize_blocks(np.asarray(w), (128, 128)), (128, 128))
+    return oq.dequantize(*oq.quantize_blocks(np.asarray(x)[rows], (1, 128))) @ weight
+
+
+@pytest.mark.parametrize(
+    "m, k, n", [(32768, 1024, 2048), (8192, 16384, 256), (150_000, 128, 16384)]
+)
+def test_huge_linear(cpu, m, k, n):
+    """The last has an output of more than 2**31 elements."""
+    x = jax.random.normal(jax.random.key(0), (m, k), jnp.bfloat16)
+    w = jax.random.normal(jax.random.key(1), (k, n), jnp.bfloat16)
+    rows = np.array([0, 1, m // 2, m - 129, m - 1])
+    y = jax.jit(lambda x, w: jaxfp8.linear(x, w))(x, w)
+    got = np.asarray(y[rows]).astype(np.float32)
+    assert oracle.error(got, rows_of(x, w, rows)) < BF16
+
+
+def test_a_train_step_in_a_command_buffer_equals_one_outside():
+    """The handlers only launch kernels on the given stream, so XLA may capture them."""
+    x = jax.random.normal(jax.random.key(0), (512, 1024), jnp.bfloat16)
+    ws = jax.random.normal(jax.random.key(1), (6, 1024, 1024), jnp.float32) / 32
+
+    def loss(ws, x):
+        for w in ws:
+            x = jnp.tanh(jaxfp8.linear(x, w))
+        return (x.astype(jnp.float32) ** 2).mean()
+
+    lowered = jax.jit(jax.value_and_grad(loss)).lower(ws, x)
+    results = []
+    for flag in ("", "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN"):
+        options = {"xla_gpu_enable_command_buffer": flag, "xla_gpu_graph_min_graph_size": 1}
+        step = lowered.compile(compiler_options=options)
+        for _ in range(3):  # replayed, with other buffers
+            results.append(jax.tree.map(np.asarray, step(ws, x)))
+    for value, grad in results[1:]:
+        assert value == results[0][0]
+        np.testing.assert_array_equal(grad, results[0][1])
+
+
+def test_a_donated_accumulator_is_updated_in_place():
+    q = jaxfp8.quantize(jax.random.normal(jax.random.key(0), (256, 512)))
+    step = jax.jit(lambda q, c: jaxfp8.wgrad_gemm(q, q, accum=c), donate_argnums=1)
+    accum = jnp.zeros((256, 256))
+    address = accum.unsafe_buffer_pointer()
+    accum = step(q, accum)
+    once = np.asarray(accum)
+    again = step(q, accum)
+    assert again.unsafe_buffer_pointer() == address
+    assert oracle.error(again, 2 * once) < 1e-6
+
+
+def test_grouped_products_in_a_scan_with_sizes_from_the_device():
+    """Group sizes that change between steps, never seen by the host."""
+    x = jax.random.normal(jax.random.key(0), (1024, 256), jnp.bfloat16)
+    w = jax.random.normal(jax.random.key(1), (8, 256, 128), jnp.float32)
+
+    def step(_, key):
+        sizes = jnp.bincount(jax.random.randint(key, (1024,), 0, 8), length=8)
+        y = jaxfp8.ragged_dot(x, w, sizes)
+        want = jax.lax.ragged_dot(x.astype(jnp.float32), w, sizes)
+        return None, (y.astype(jnp.float32), want)
+
+    _, (got, want) = jax.jit(lambda k: jax.lax.scan(step, None, k))(
+        jax.random.split(jax.random.key(2), 4)
+    )
+    assert oracle.error(got, want) < 0.06

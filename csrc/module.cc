@@ -137,6 +137,13 @@ NamedPlan plan(const std::string& target_name, const std::vector<ArrayType>& ope
   return named;
 }
 
+// Launches a plan with its made-up addresses, which only an installed driver may see.
+void launch(const NamedPlan& named, uintptr_t stream) {
+  driver::Device device(reinterpret_cast<cuda::Stream>(stream));
+  if (!device.emulated()) throw driver::UnavailableError("no driver is installed");
+  device.execute(named.plan);
+}
+
 std::vector<std::string> configs(const std::string& target_name) {
   const Target& target = find_target(target_name);
   std::vector<std::string> names;
@@ -182,6 +189,8 @@ NB_MODULE(_C, m) {
   m.def("configs", &configs, nb::arg("target"));
 
   m.def("_install_driver", &install_driver, nb::arg("entry_points"), nb::arg("hook") = 0,
+        nb::call_guard<nb::gil_scoped_release>());
+  m.def("_launch", &launch, nb::arg("plan"), nb::arg("stream"),
         nb::call_guard<nb::gil_scoped_release>());
   m.def("_uninstall_driver", &driver::uninstall, nb::call_guard<nb::gil_scoped_release>());
 }

@@ -313,3 +313,74 @@ def test_calls_in_flight_finish_with_the_driver_that_they_started_with(recording
             leave.set()
             call.result(60)
     assert len(recording.launches) == len(other.launches) == 1
+
+
+# --- streams, contexts and devices: what only the CUDA platform has --------------------------------
+
+
+@pytest.fixture
+def two_devices():
+    """Two devices, on which plans are recorded; stream 1 is of device 0, stream 2 of device 1."""
+    with EmulatedDriver(
+        _ffi.image_directory(), num_sms=132, num_devices=2, launch=lambda *_, **launch: None
+    ) as driver:
+        yield driver
+    assert not driver.take_errors()
+
+
+def gemm_plan():
+    f8 = "f8e4m3fn"
+    operands = [(f8, (1, 256, 256)), ("f32", (1, 256, 2)), (f8, (1, 256, 256)), ("f32", (1, 2, 2))]
+    return _C.plan("jaxfp8_gemm_1d2d_v1", operands, [("bf16", (1, 256, 256))])
+
+
+@needs_kernels
+def test_devices_share_the_code_and_are_prepared_one_by_one(two_devices):
+    plan = gemm_plan()
+    assert plan.dynamic_smem > 48 * 1024
+    for stream in (1, 2, 1, 2):
+        _C._launch(plan, stream)
+    assert [launch.device for launch in two_devices.launches] == [0, 1, 0, 1]
+    once, twice = ("cuLibraryLoadData", "cuLibraryGetKernel"), ("cuKernelSetAttribute",)
+    assert [two_devices.calls.count(name) for name in once] == [1, 1]
+    assert [two_devices.calls.count(name) for name in twice] == [2]
+
+
+@needs_kernels
+def test_the_context_of_the_stream_is_current_during_a_launch_alone(two_devices):
+    stack = two_devices.contexts[threading.get_ident()]
+    two_devices.launch = lambda *_, **launch: list(stack)
+    _C._launch(gemm_plan(), 2)
+    stack.append(1)  # the caller's
+    _C._launch(gemm_plan(), 2)
+    _C._launch(gemm_plan(), 1)
+    assert [launch.report for launch in two_devices.launches] == [[2], [1, 2], [1]]
+    assert stack == [1]
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "entry_point",
+    [
+        "cuStreamGetCtx",
+        "cuCtxGetCurrent",
+        "cuCtxPushCurrent_v2",
+        *_FAILURES,
+        "cuKernelSetAttribute",
+    ],
+)
+def test_a_failure_leaves_the_callers_context(two_devices, entry_point):
+    two_devices.failures[entry_point] = emulator.INVALID_VALUE
+    with pytest.raises(RuntimeError, match=entry_point.removesuffix("_v2")) as caught:
+        _C._launch(gemm_plan(), 2)
+    assert str(caught.value).endswith("CUDA_ERROR_INVALID_VALUE: invalid argument")
+    assert not two_devices.contexts[threading.get_ident()]
+    two_devices.failures.clear()
+    _C._launch(gemm_plan(), 2)
+    assert len(two_devices.launches) == 1
+
+
+def test_a_plan_with_made_up_addresses_needs_an_installed_driver():
+    _C._uninstall_driver()
+    with pytest.raises(RuntimeError, match="no CUDA driver|no stream|no driver is installed"):
+        _C._launch(gemm_plan(), 0)

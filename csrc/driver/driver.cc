@@ -293,6 +293,8 @@ Device::Device(cuda::Stream stream)
   num_sms_ = driver_->num_sms(ordinal_);
 }
 
+bool Device::emulated() const { return driver_->emulated; }
+
 CallHook Device::hook() const { return driver_->hook; }
 
 namespace {

@@ -65,6 +65,7 @@ class Device {
   explicit Device(cuda::Stream stream);
 
   int num_sms() const { return num_sms_; }
+  bool emulated() const;
   CallHook hook() const;  // null unless a test asked for it
   void execute(const LaunchPlan& plan) const;
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,6 +111,7 @@ class Launch:
     """One executed launch: what was asked for, and the emulator's report of it."""
 
     target: str
+    device: int
     image: str
     kernel: str
     grid: tuple[int, int, int]
@@ -140,8 +142,10 @@ class EmulatedDriver:
 
     Arguments:
         directory: the compiled kernels: `<image>.cubin` and `<image>.ptx`.
-        num_sms: multiprocessors that the device claims to have. Few keep persistent grids small.
-        compute_capability: of the device.
+        num_sms: multiprocessors that a device claims to have. Few keep persistent grids small.
+        compute_capability: of the devices.
+        num_devices: stream s belongs to device s - 1, as does a context; calls without a stream
+            are on device 0.
         seed, check_races: passed to the emulator; may be changed between calls.
         ptx: texts to execute in place of an image's own PTX, by image.
         launch: executes a kernel; the emulator's `launch` unless a test records launches only.
@@ -151,6 +155,7 @@ class EmulatedDriver:
         errors: exceptions from inside callbacks, not yet taken with `take_errors`.
         failures: entry point -> error code that it shall return.
         calls: names of the entry points in the order of their calls.
+        contexts: the stack of current contexts, by thread.
     """
 
     def __init__(
@@ -159,6 +164,7 @@ class EmulatedDriver:
         *,
         num_sms: int = 2,
         compute_capability: tuple[int, int] = (9, 0),
+        num_devices: int = 1,
         seed: int = 0,
         check_races: bool = True,
         ptx: Mapping[str, str] | None = None,
@@ -167,6 +173,7 @@ class EmulatedDriver:
         self.directory = directory
         self.num_sms = num_sms
         self.compute_capability = compute_capability
+        self.num_devices = num_devices
         self.seed, self.check_races = seed, check_races
         self.ptx = dict(ptx or {})
         self.launch = launch or emulate
@@ -174,12 +181,13 @@ class EmulatedDriver:
         self.errors: list[BaseException] = []
         self.failures: dict[str, int] = {}
         self.calls: list[str] = []
+        self.contexts: dict[int, list[int]] = defaultdict(list)
         self._exceptions: list[bytes] = []
         self._texts: list[bytes] = []  # what cuGetErrorString points to
         self._current: dict[int, _Call] = {}  # by thread
         self._libraries: list[str] = []  # images; handle - 1 is the index
         self._kernels: list[tuple[str, str]] = []  # (image, kernel); likewise
-        self._dynamic_smem: dict[int, int] = {}  # by kernel handle
+        self._dynamic_smem: dict[tuple[int, int], int] = {}  # by kernel handle and device
         self._lock = threading.Lock()
         self._callbacks = {
             name: ctypes.CFUNCTYPE(_int, *signature)(self._guarded(name, getattr(self, name)))
@@ -249,7 +257,12 @@ class EmulatedDriver:
             call.spans.append((*extent, region.base))
 
     def _call(self) -> _Call:
-        return self._current[threading.get_ident()]
+        """The call of this thread; an empty one for a plan that is launched without a call."""
+        return self._current.get(threading.get_ident()) or _Call("")
+
+    def _device(self) -> int:
+        stack = self.contexts[threading.get_ident()]
+        return stack[-1] - 1 if stack else 0
 
     # --- entry points ---------------------------------------------------------------------------
 
@@ -284,7 +297,7 @@ class EmulatedDriver:
         return self._give_text(error, text, 1)
 
     def cuDeviceGetAttribute(self, value, attribute, device):
-        if device != 0:
+        if device not in range(self.num_devices):
             return INVALID_VALUE
         value[0] = {
             _MULTIPROCESSOR_COUNT: self.num_sms,
@@ -296,16 +309,19 @@ class EmulatedDriver:
         context[0] = stream
 
     def cuCtxGetCurrent(self, context):
-        context[0] = None
+        stack = self.contexts[threading.get_ident()]
+        context[0] = stack[-1] if stack else None
 
     def cuCtxPushCurrent_v2(self, context):
-        return SUCCESS if context else INVALID_VALUE
+        if context not in range(1, self.num_devices + 1):
+            return INVALID_VALUE
+        self.contexts[threading.get_ident()].append(context)
 
     def cuCtxPopCurrent_v2(self, context):
-        context[0] = None
+        context[0] = self.contexts[threading.get_ident()].pop()
 
     def cuCtxGetDevice(self, device):
-        device[0] = 0
+        device[0] = self._device()
 
     def cuThreadExchangeStreamCaptureMode(self, mode):
         return SUCCESS if mode[0] in (0, 1, 2) else INVALID_VALUE
@@ -342,9 +358,9 @@ class EmulatedDriver:
         kernel[0] = len(self._kernels)
 
     def cuKernelSetAttribute(self, attribute, value, kernel, device):
-        if attribute != _DYNAMIC_SMEM or device != 0:
+        if attribute != _DYNAMIC_SMEM or device not in range(self.num_devices):
             return INVALID_VALUE
-        self._dynamic_smem[kernel] = value
+        self._dynamic_smem[kernel, device] = value
 
     def cuKernelGetFunction(self, function, kernel):
         function[0] = kernel
@@ -374,13 +390,15 @@ class EmulatedDriver:
             if attribute.id != _CLUSTER_DIMENSION:
                 return INVALID_VALUE
             cluster = tuple(attribute.value[:3])
-        if config.dynamic_smem > self._dynamic_smem.get(function, 48 * 1024):
+        device = config.stream - 1 if config.stream else 0
+        if config.dynamic_smem > self._dynamic_smem.get((function, device), 48 * 1024):
             return INVALID_VALUE
         call = self._call()
         image, name = self._kernels[function - 1]
         text = self._text(image)
         record = Launch(
             call.target,
+            device,
             image,
             name,
             tuple(config.grid),

@@ -1,6 +1,6 @@
 """Cases that every platform with kernels runs: the emulated one here, a Hopper GPU there.
 
-A case is a name and a function `(operation arguments) -> dict of arrays`, deterministic in its seed. Run without kernels
+A case is a function of no arguments that gives named arrays, deterministic in its seed. Run without kernels
 it gives what the kernels must give: quantization to the bit, products to the platform's bound.
 """
 

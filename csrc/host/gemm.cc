@@ -63,7 +63,8 @@ const Config& config_of(Kind kind, int config) {
 }
 
 TileLayout layout_of(const Config& config, const GemmProblem& p) {
-  return {config.block_m, config.block_n, config.warpgroups_n, has_outer_scales(p.kind)};
+  return {config.block_m, config.block_n, config.warpgroups_n,
+          static_cast<int>(size_in_bytes(p.out)), has_outer_scales(p.kind)};
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -206,6 +207,12 @@ TensorMap operand_map(void* data, int64_t rows, int64_t k, int box_rows) {
           TensorMap::Swizzle::k128B};
 }
 
+TensorMap::Swizzle swizzle_of(int bytes) {
+  return bytes == 128  ? TensorMap::Swizzle::k128B
+         : bytes == 64 ? TensorMap::Swizzle::k64B
+                       : TensorMap::Swizzle::k32B;
+}
+
 }  // namespace
 
 int num_gemm_configs(Kind kind) {
@@ -237,10 +244,22 @@ LaunchPlan plan_gemm(const GemmProblem& p, int config, int num_sms, int device_s
   const TileLayout layout = layout_of(c, p);
   const int clusters = static_cast<int>(std::min<int64_t>(sms / cluster, tiles));
   const int64_t out_row_bytes = p.n * size_in_bytes(p.out);
-  const bool vector = out_row_bytes % 8 == 0 && reinterpret_cast<uintptr_t>(p.out_data) % 8 == 0;
+  const auto aligned = [&](int bytes) {
+    return out_row_bytes % bytes == 0 && reinterpret_cast<uintptr_t>(p.out_data) % bytes == 0;
+  };
+  const bool mapped = aligned(16), vector = aligned(8);
 
   const TensorMap lhs_map = operand_map(p.lhs_data, lhs_rows(p), p.k, c.block_m / c.cluster_n);
   const TensorMap rhs_map = operand_map(p.rhs_data, rhs_rows(p), p.k, c.block_n / c.cluster_m);
+  const TensorMap out_map =
+      mapped ? TensorMap{p.out == DType::kFloat32 ? TensorMap::Type::kFloat32
+                                                  : TensorMap::Type::kBfloat16,
+                         p.out_data,
+                         {static_cast<uint64_t>(p.n), static_cast<uint64_t>(out_rows(p))},
+                         {static_cast<uint64_t>(out_row_bytes)},
+                         {static_cast<uint32_t>(layout.strip_cols()), kStripRows},
+                         swizzle_of(layout.strip_row_bytes())}
+             : lhs_map;  // unused
   const int32_t mode = p.kind == Kind::kGrouped        ? kGrouped
                        : p.kind == Kind::kMasked       ? kMasked
                        : p.kind == Kind::kGroupedWgrad ? kGroupedWgrad
@@ -262,6 +281,7 @@ LaunchPlan plan_gemm(const GemmProblem& p, int config, int num_sms, int device_s
   // In the order of GemmArgs (csrc/kernels/gemm_args.cuh).
   plan.args = {lhs_map,
                rhs_map,
+               out_map,
                p.lhs_scale,
                p.rhs_scale,
                p.group_sizes,
@@ -278,7 +298,8 @@ LaunchPlan plan_gemm(const GemmProblem& p, int config, int num_sms, int device_s
                static_cast<int32_t>(c.cluster_m),
                static_cast<int32_t>(c.cluster_n),
                static_cast<int32_t>(band_of(p, c, clusters)),
-               static_cast<int32_t>((p.accum ? kAccumulate : 0) | (vector ? kVectorOut : 0))};
+               static_cast<int32_t>((p.accum ? kAccumulate : 0) | (mapped ? kOutTensorMap : 0) |
+                                    (vector ? kVectorOut : 0))};
   return plan;
 }
 

@@ -16,6 +16,7 @@
 //   since a
 //                 CTA's loads are multicast into the others' stages.
 //   mailbox       see schedule.cuh
+//   staging       each warp's own; its lane 0 waits until the copy engine has read a strip
 //
 // With two accumulator sets (kSets = 2) a warpgroup promotes block k while its own wgmma of block
 // k + 1 runs. With one set only the other warpgroup's wgmma runs meanwhile; the registers go into
@@ -53,7 +54,7 @@ struct Tile {
   static constexpr bool kOuterScales = kHasOuterScales<Scales_>;
 
   static constexpr int kBlockM = kBlockM_, kBlockN = kBlockN_, kSets = kSets_;
-  static constexpr TileLayout kLayout = {kBlockM, kBlockN, kWarpgroupsN, kOuterScales};
+  static constexpr TileLayout kLayout = {kBlockM, kBlockN, kWarpgroupsN, Out::kBytes, kOuterScales};
   static constexpr int kMathWarpgroups = kLayout.math_warpgroups();
   static constexpr int kMathWarps = 4 * kMathWarpgroups;
   static constexpr int kThreads = kLayout.threads();
@@ -127,34 +128,50 @@ __device__ void load_operands(const GemmArgs& args, uint32_t shared, Mailbox mai
 
 // ---- Warp 2: scales
 
+// The lhs scales of a stage: row r of the tile at float 16 (r / 16) + 2 (r % 8) + (r / 8) % 2, so
+// that the two rows of a wgmma lane lie together. Rows past the operand's end get zero. A lane
+// takes rows lane, lane + 32, ...: with constant distances both here and there, a copy is one
+// instruction.
+template <int kBlockM>
+struct RowScales {
+  const float* source;  // of this lane's first row
+  int64_t stride;
+  uint32_t target;
+  int rows;  // from the lane's first on
+
+  __device__ RowScales(const float* scale, int all_rows, int first_row, int k_block, int lane)
+      : source(scale + int64_t{k_block} * all_rows + first_row + lane),
+        stride(all_rows),
+        target(4 * (lane / 16 * 16 + lane % 8 * 2 + lane / 8 % 2)),
+        rows(all_rows - first_row - lane) {}
+
+  // Into the stage at this shared address, then on to the next block.
+  __device__ void load_next(uint32_t stage) {
+#pragma unroll
+    for (int i = 0; i < kBlockM; i += 32) {
+      ptx::cp_async_4(stage + target + 4 * i, source + i, i < rows ? 4 : 0);
+    }
+    source += stride;
+  }
+
+  // The scales of rows `row` + lane / 4 and 8 further; `row` is a multiple of 16.
+  __device__ static __forceinline__ float2 read(uint32_t stage, int row, int lane) {
+    return ptx::load_shared_f2(stage + 4 * row + lane / 4 * 8);
+  }
+};
+
 template <class Tile>
 __device__ void load_scales(const GemmArgs& args, uint32_t shared, Mailbox mailbox,
                             typename Tile::Stages stages, int lane) {
   for (;;) {
     const Work work = mailbox.receive(lane);
     if (work.k_blocks == Work::kEnd) return;
+    typename Tile::Scales::Source source(args, work, lane);
     for (int b = 0; b < work.k_blocks; ++b, stages.advance()) {
       stages.wait_empty();
-      Tile::Scales::load(args, work, work.k_block + b,
-                         shared + Tile::kScale + stages.slot * Tile::kScaleBytes, lane);
+      source.load_next(shared + Tile::kScale + stages.slot * Tile::kScaleBytes, lane);
       ptx::cp_async_mbarrier_arrive(stages.full());
     }
-  }
-}
-
-// The lhs scales of a stage: row r of the tile at float 16 (r / 16) + 2 (r % 8) + (r / 8) % 2, so
-// that the two rows of a wgmma lane lie together. Rows past the operand's end get zero.
-template <int kBlockM>
-__device__ void load_lhs_scales(const GemmArgs& args, const Work& work, int k_block, uint32_t stage,
-                                int lane) {
-  const float* source = args.lhs_scale + int64_t{k_block} * args.lhs_rows + work.lhs_row;
-  const int rows = args.lhs_rows - work.lhs_row;
-#pragma unroll
-  for (int i = 0; i < kBlockM; i += 32) {
-    const int r = i + lane;
-    const bool inside = r < rows;
-    ptx::cp_async_4(stage + 4 * (r / 16 * 16 + r % 8 * 2 + r / 8 % 2),
-                    inside ? source + r : args.lhs_scale, inside ? 4 : 0);
   }
 }
 
@@ -179,7 +196,7 @@ __device__ __forceinline__ void issue_products(float (&acc)[Tile::kSums], uint64
 template <class Tile>
 struct Consumer {
   using Scales = typename Tile::Scales;
-  using Lane = typename Scales::Lane;
+  using Columns = typename Scales::Columns;
   using Sums = float[Tile::kSums];
 
   const GemmArgs& args;
@@ -190,12 +207,18 @@ struct Consumer {
   int row, col;       // of the tile, this warp's first
   int lane;
 
+  __device__ __forceinline__ float2 row_scales(int wave) const {
+    return RowScales<Tile::kBlockM>::read(scales + stages.slot * Tile::kScaleBytes, row + wave * 64,
+                                          lane);
+  }
+  __device__ __forceinline__ Columns column_scales() const {
+    return Columns(scales + stages.slot * Tile::kScaleBytes, col, lane);
+  }
+
   // Issues the products of a wave of the current stage.
-  __device__ __forceinline__ Lane issue(Sums& acc, int wave) {
-    const Lane held(scales + stages.slot * Tile::kScaleBytes, row + wave * 64, col, lane);
+  __device__ __forceinline__ void issue(Sums& acc, int wave) {
     issue_products<Tile>(acc, lhs + ((stages.slot * Tile::kLhsBytes + wave * 64 * kBlockK) >> 4),
                          rhs + (stages.slot * Tile::kRhsBytes >> 4));
-    return held;
   }
 
   __device__ __forceinline__ void finish(Sums& acc) {
@@ -213,14 +236,16 @@ struct Consumer {
   __device__ __forceinline__ void accumulate_in_one_set(Sums (&sum)[Tile::kWaves], int k_blocks) {
     for (int b = 0; b < k_blocks; ++b) {
       stages.wait_full();
+      const Columns columns = column_scales();
 #pragma unroll
       for (int wave = 0; wave < Tile::kWaves; ++wave) {
         const bool last = wave == Tile::kWaves - 1;
         Sums acc;
-        Lane held = issue(acc, wave);
+        const float2 rows = row_scales(wave);
+        issue(acc, wave);
         finish(acc);
         if (last && !Scales::kPromotionReadsStage) release(stages.slot);
-        held.promote(sum[wave], acc);
+        Scales::promote(sum[wave], acc, rows, columns);
         if (last && Scales::kPromotionReadsStage) release(stages.slot);
       }
       stages.advance();
@@ -232,8 +257,10 @@ struct Consumer {
   __device__ __forceinline__ void accumulate_in_two_sets(Sums& sum, int k_blocks) {
     Sums even, odd;
     stages.wait_full();
-    Lane held = issue(even, 0);
+    float2 rows = row_scales(0);
+    Columns columns = column_scales();
     int slot = stages.slot;
+    issue(even, 0);
     finish(even);
     if (!Scales::kPromotionReadsStage) release(slot);
     stages.advance();
@@ -242,13 +269,16 @@ struct Consumer {
     const auto turn = [&](Sums& next, Sums& current) __attribute__((always_inline)) {
       stages.wait_full();
       const int next_slot = stages.slot;
-      const Lane next_held = issue(next, 0);
+      const float2 next_rows = row_scales(0);
+      const Columns next_columns = column_scales();
+      issue(next, 0);
       stages.advance();
-      held.promote(sum, current);
+      Scales::promote(sum, current, rows, columns);
       if (Scales::kPromotionReadsStage) release(slot);
       finish(next);
       if (!Scales::kPromotionReadsStage) release(next_slot);
-      held = next_held;
+      rows = next_rows;
+      columns = next_columns;
       slot = next_slot;
     };
     int b = 1;
@@ -258,35 +288,40 @@ struct Consumer {
     }
     if (b < k_blocks) {
       turn(odd, even);
-      held.promote(sum, odd);
+      Scales::promote(sum, odd, rows, columns);
     } else {
-      held.promote(sum, even);
+      Scales::promote(sum, even, rows, columns);
     }
     if (Scales::kPromotionReadsStage) release(slot);
   }
 
   // Two sets, two waves: each wave has its set, and is promoted while the other's products run.
+  // Both use one read of the column scales.
   __device__ __forceinline__ void accumulate_in_two_waves(Sums (&sum)[2], int k_blocks) {
+    static_assert(!Scales::kPromotionReadsStage || Tile::kSets == 1 || Tile::kWaves == 1);
     Sums upper, lower;
     stages.wait_full();
-    Lane upper_held = issue(upper, 0);
+    float2 upper_rows = row_scales(0);
+    issue(upper, 0);
+    Columns columns = column_scales();
     finish(upper);
     for (int b = 1;; ++b) {
       const int slot = stages.slot;
-      Lane lower_held = issue(lower, 1);
-      upper_held.promote(sum[0], upper);
+      const float2 lower_rows = row_scales(1);
+      issue(lower, 1);
+      Scales::promote(sum[0], upper, upper_rows, columns);
       finish(lower);
-      if (!Scales::kPromotionReadsStage) release(slot);
+      release(slot);
       stages.advance();
       if (b == k_blocks) {
-        lower_held.promote(sum[1], lower);
-        if (Scales::kPromotionReadsStage) release(slot);
+        Scales::promote(sum[1], lower, lower_rows, columns);
         return;
       }
       stages.wait_full();
-      upper_held = issue(upper, 0);
-      lower_held.promote(sum[1], lower);
-      if (Scales::kPromotionReadsStage) release(slot);
+      upper_rows = row_scales(0);
+      issue(upper, 0);
+      Scales::promote(sum[1], lower, lower_rows, columns);
+      columns = column_scales();
       finish(upper);
     }
   }
@@ -318,17 +353,21 @@ __device__ void compute(const GemmArgs& args, uint32_t shared, Mailbox mailbox,
       first_row + warp * 16,
       first_col,
       lane};
+  const Staging<Tile> staging = {
+      shared + Tile::kLayout.staging_offset() +
+          (warpgroup * 4 + warp) * Tile::kLayout.staging_bytes_per_warp(),
+      lane};
   for (;;) {
     const Work work = mailbox.receive(lane);
     if (work.k_blocks == Work::kEnd) break;
     float sum[Tile::kWaves][Tile::kSums] = {};
     if (work.k_blocks > 0) consumer.accumulate(sum, work.k_blocks);
-    store<typename Tile::Out, Tile::kCols>(args, work, sum[0], consumer.row, first_col, lane);
+    store<Tile>(args, work, sum[0], consumer.row, first_col, staging, lane);
     if constexpr (Tile::kWaves == 2) {
-      store<typename Tile::Out, Tile::kCols>(args, work, sum[1], consumer.row + 64, first_col,
-                                             lane);
+      store<Tile>(args, work, sum[1], consumer.row + 64, first_col, staging, lane);
     }
   }
+  if (lane == 0) ptx::bulk_wait();  // shared memory must outlive the copies that read it
 }
 
 // ---- The kernel
@@ -347,6 +386,7 @@ __device__ __forceinline__ void gemm(const GemmArgs& args) {
   if (threadIdx.x == 0) {
     ptx::prefetch_tensor_map(args.lhs_map);
     ptx::prefetch_tensor_map(args.rhs_map);
+    if (args.flags & kOutTensorMap) ptx::prefetch_tensor_map(args.out_map);
     // full: warp 1's arrival with the bytes to expect, and warp 2's lanes.
     stages.init(1 + 32, Tile::kMathWarps * args.cluster_m * args.cluster_n);
     mailbox.ring.init(1, 2 + Tile::kMathWarps);
@@ -378,14 +418,17 @@ __device__ __forceinline__ void gemm(const GemmArgs& args) {
 #define JAXFP8_GEMM(name, ...)                                                                     \
   extern "C" __global__ void __launch_bounds__(jaxfp8::Tile<__VA_ARGS__>::kThreads, 1)             \
       name(const __grid_constant__ jaxfp8::ptx::TensorMap lhs_map,                                 \
-           const __grid_constant__ jaxfp8::ptx::TensorMap rhs_map, const float* lhs_scale,         \
+           const __grid_constant__ jaxfp8::ptx::TensorMap rhs_map,                                 \
+           const __grid_constant__ jaxfp8::ptx::TensorMap out_map, const float* lhs_scale,         \
            const float* rhs_scale, const int32_t* group_sizes, void* out, int32_t mode, int32_t m, \
            int32_t n, int32_t groups, int32_t k_blocks, int32_t lhs_rows, int32_t rhs_rows,        \
            int32_t lhs_group_rows, int32_t rhs_group_rows, int32_t cluster_m, int32_t cluster_n,   \
            int32_t band, int32_t flags) {                                                          \
     jaxfp8::gemm<jaxfp8::Tile<__VA_ARGS__>>(                                                       \
-        {&lhs_map, &rhs_map, lhs_scale, rhs_scale, group_sizes, out, mode, m, n, groups, k_blocks, \
-         lhs_rows, rhs_rows, lhs_group_rows, rhs_group_rows, cluster_m, cluster_n, band, flags});  \
+        {&lhs_map,       &rhs_map,  &out_map,  lhs_scale, rhs_scale,                               \
+         group_sizes,    out,       mode,      m,         n,                                       \
+         groups,         k_blocks,  lhs_rows,  rhs_rows,  lhs_group_rows,                          \
+         rhs_group_rows, cluster_m, cluster_n, band,      flags});                                 \
   }
 
 }  // namespace jaxfp8

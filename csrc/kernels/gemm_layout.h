@@ -9,22 +9,25 @@ namespace jaxfp8 {
 enum Mode : int32_t { kDense, kGrouped, kMasked, kGroupedWgrad };
 
 enum Flag : int32_t {
-  kAccumulate = 1,  // out += product
-  kVectorOut = 2,   // the output's rows allow aligned accesses of 8 bytes
+  kAccumulate = 1,    // out += product
+  kOutTensorMap = 2,  // the output's rows are aligned to 16 bytes; else out_map is unused
+  kVectorOut = 4,     // the output's rows allow aligned accesses of 8 bytes
 };
 
 constexpr int kBlockK = 128;             // elements, bytes, and the width of a scale's block
 constexpr int kMaxSharedBytes = 232448;  // of a CTA on sm_90
+constexpr int kStripRows = 16;           // of the output, that a warp stores at a time
 constexpr int kMailboxSlots = 4;
 constexpr int kWorkBytes = 32;
 
 constexpr int common_divisor(int a, int b) { return b == 0 ? a : common_divisor(b, a % b); }
 
 // A CTA's tile and its shared memory:
-//   lhs stages | rhs stages | scale stages | mailbox | barriers
+//   lhs stages | rhs stages | staging | scale stages | mailbox | barriers
 struct TileLayout {
   int block_m, block_n;
   int warpgroups_n;   // 1: the math warpgroups share the rows; 2: the columns
+  int out_bytes;      // of an output element
   bool outer_scales;  // 1d1d: a scale for each rhs row; else one for each 128 of them
 
   constexpr int math_warpgroups() const { return block_m == 64 ? 1 : 2; }
@@ -35,6 +38,19 @@ struct TileLayout {
   constexpr int lhs_bytes() const { return block_m * kBlockK; }
   constexpr int rhs_bytes() const { return block_n * kBlockK; }
 
+  // A warp's output goes through a ring of strips: 16 rows of 128, 64 or 32 bytes. All of a wave's
+  // strips where they are few, else two; their number divides the wave's, so that the ring goes on
+  // from wave to wave.
+  constexpr int strip_row_bytes() const {
+    return common_divisor(128, warpgroup_cols() * out_bytes);
+  }
+  constexpr int strip_cols() const { return strip_row_bytes() / out_bytes; }
+  constexpr int strip_bytes() const { return kStripRows * strip_row_bytes(); }
+  constexpr int strips() const { return warpgroup_cols() / strip_cols(); }
+  constexpr int staging_strips() const { return strips() > 3 ? 2 : strips(); }
+  constexpr int staging_bytes_per_warp() const { return staging_strips() * strip_bytes(); }
+  constexpr int staging_bytes() const { return 4 * math_warpgroups() * staging_bytes_per_warp(); }
+
   // 1d2d: a warpgroup's columns start at a multiple of their number, so that the borders of the
   // 128-wide scale blocks lie on multiples of the common divisor: each segment has one scale.
   constexpr int scale_segment() const { return common_divisor(warpgroup_cols(), 128); }
@@ -43,7 +59,7 @@ struct TileLayout {
 
   static constexpr int barrier_bytes(int slots) { return 2 * slots * 8; }
   constexpr int fixed_bytes() const {
-    return kMailboxSlots * kWorkBytes + barrier_bytes(kMailboxSlots);
+    return staging_bytes() + kMailboxSlots * kWorkBytes + barrier_bytes(kMailboxSlots);
   }
   constexpr int stages() const {
     const int fitting = (kMaxSharedBytes - fixed_bytes()) /
@@ -52,7 +68,8 @@ struct TileLayout {
   }
 
   constexpr int rhs_offset() const { return stages() * lhs_bytes(); }
-  constexpr int scale_offset() const { return rhs_offset() + stages() * rhs_bytes(); }
+  constexpr int staging_offset() const { return rhs_offset() + stages() * rhs_bytes(); }
+  constexpr int scale_offset() const { return staging_offset() + staging_bytes(); }
   constexpr int mailbox_offset() const { return scale_offset() + stages() * scale_bytes(); }
   constexpr int stage_barriers_offset() const {
     return mailbox_offset() + kMailboxSlots * kWorkBytes;

@@ -33,4 +33,10 @@ __device__ __forceinline__ uint32_t mapa(uint32_t address, uint32_t rank) {
   return mapped;
 }
 
+// fence.proxy.async: orders this thread's ordinary shared-memory accesses before those of the copy
+// engine and the tensor cores.
+__device__ __forceinline__ void fence_proxy_async() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 }  // namespace jaxfp8::ptx

@@ -202,36 +202,44 @@ class Driver {
 
 namespace {
 
-std::shared_mutex current_mutex;
-std::shared_ptr<Driver> current;  // null until the first call
-std::string image_directory;
+struct State {
+  std::shared_mutex mutex;
+  std::shared_ptr<Driver> driver;  // null until the first call
+  std::string image_directory;
+};
+
+State& state() {
+  static State* state = new State;  // never destroyed: XLA's threads may outlive static objects
+  return *state;
+}
 
 std::shared_ptr<Driver> current_driver() {
+  State& s = state();
   {
-    std::shared_lock lock(current_mutex);
-    if (current != nullptr) return current;
+    std::shared_lock lock(s.mutex);
+    if (s.driver != nullptr) return s.driver;
   }
-  std::unique_lock lock(current_mutex);
-  if (current == nullptr) {
-    current = std::make_shared<Driver>(load_libcuda(), nullptr, /*emulated=*/false);
+  std::unique_lock lock(s.mutex);
+  if (s.driver == nullptr) {
+    s.driver = std::make_shared<Driver>(load_libcuda(), nullptr, /*emulated=*/false);
   }
-  return current;
+  return s.driver;
 }
 
 }  // namespace
 
 cuda::Library Driver::library(const std::string& image) {
   if (auto found = libraries_.find(image); found != libraries_.end()) return found->second;
-  std::string path;
+  std::string directory;
   {
-    std::shared_lock lock(current_mutex);
-    path = image_directory + "/" + image + ".cubin";
+    std::shared_lock lock(state().mutex);
+    directory = state().image_directory;
   }
+  std::string path = directory + "/" + image + ".cubin";
   std::ifstream file(path, std::ios::binary);
   std::vector<char> code{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
   if (code.empty()) {
-    throw UnavailableError("the compiled kernels " + image + ".cubin are not in " +
-                           image_directory +
+    throw UnavailableError("the compiled kernels " + image + ".cubin are not in " + directory +
                            (*build::kNvccVersion == '\0' ? ": this package was built without nvcc"
                                                          : ": the installation is incomplete"));
   }
@@ -249,8 +257,8 @@ cuda::Library Driver::library(const std::string& image) {
 }
 
 void set_image_directory(std::string path) {
-  std::unique_lock lock(current_mutex);
-  image_directory = std::move(path);
+  std::unique_lock lock(state().mutex);
+  state().image_directory = std::move(path);
 }
 
 void install(const std::map<std::string, void*>& entry_points, CallHook hook) {
@@ -259,13 +267,13 @@ void install(const std::map<std::string, void*>& entry_points, CallHook hook) {
     return found == entry_points.end() ? nullptr : found->second;
   });
   auto driver = std::make_shared<Driver>(table, hook, /*emulated=*/true);
-  std::unique_lock lock(current_mutex);
-  current = std::move(driver);
+  std::unique_lock lock(state().mutex);
+  state().driver = std::move(driver);
 }
 
 void uninstall() {
-  std::unique_lock lock(current_mutex);
-  current = nullptr;
+  std::unique_lock lock(state().mutex);
+  state().driver = nullptr;
 }
 
 CurrentContext::CurrentContext(const Driver& driver, cuda::Stream stream) : driver_(driver) {

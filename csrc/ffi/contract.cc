@@ -326,8 +326,8 @@ GemmProblem gemm_problem(const Call& call, const Sizes& sizes) {
 }  // namespace
 
 const std::vector<Target>& targets() {
-  static const std::vector<Target> all = make_targets();
-  return all;
+  static const auto* all = new std::vector<Target>(make_targets());  // lives as long as any thread
+  return *all;
 }
 
 const Target& find_target(const std::string& name) {

@@ -143,7 +143,8 @@ std::unique_ptr<ffi::Ffi> make_handler(const Target& target) {
 
 template <bool kOnCuda, size_t kTarget>
 XLA_FFI_Error* handle(XLA_FFI_CallFrame* frame) {
-  static const std::unique_ptr<ffi::Ffi> handler = make_handler<kOnCuda>(targets()[kTarget]);
+  // Never destroyed: XLA's threads may outlive static objects.
+  static const ffi::Ffi* handler = make_handler<kOnCuda>(targets()[kTarget]).release();
   return handler->Call(frame);
 }
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,6 +106,10 @@ ENTRY_POINTS = tuple(_SIGNATURES)
 _HOOK = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.POINTER(_Buffer), _int)
 
 
+# XLA may still be in a call whose result nobody awaited, when a test has dropped its driver.
+_recent: deque[EmulatedDriver] = deque(maxlen=8)
+
+
 @dataclass
 class Launch:
     """One executed launch: what was asked for, and the emulator's report of it."""
@@ -194,6 +198,7 @@ class EmulatedDriver:
             for name, signature in _SIGNATURES.items()
         }
         self._hook = _HOOK(self._on_call)
+        _recent.append(self)
 
     # --- installation ---------------------------------------------------------------------------
 

@@ -1,0 +1,999 @@
+"""Faults to plant in the kernels' PTX: what each changes, how it is found there, and what finds it.
+
+    python -m tests.mutations        prints the table
+
+An edit describes its place by what the instructions do: which barrier a wait belongs to (told from
+the addresses that `mbarrier.init` gets), what defines an operand, which instruction comes next to
+which. Registers and labels may be renamed and blocks reordered; where an edit no longer finds
+exactly what it describes, it raises NoMatch.
+
+Left out, because they change nothing that a run could show:
+  - `.satfinite` of the conversions to FP8: PTX requires it, and no scaled value is above the largest;
+  - `setmaxnreg` of a tile with one math warpgroup: it has none;
+  - zeros for the scales of rows past the operand's end: the copy engine makes the data of those
+    rows zeros and nobody stores them. That the rows are not read is what counts, and is tested;
+  - `__syncwarp`: warps run in step in the emulator.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+WRONG_RESULT = "wrong result"
+
+
+class NoMatch(AssertionError):
+    """The PTX does not hold what an edit describes: the kernel has changed, and so must the edit."""
+
+
+def kernel_text(module: str, kernel: str) -> str:
+    """The module with no other kernel than `kernel`."""
+    starts = [m.start() for m in re.finditer(r"^\.visible \.entry", module, re.M)]
+    for start, end in zip(starts, [*starts[1:], len(module)], strict=True):
+        if re.match(rf"\.visible \.entry {kernel}\(", module[start:end]):
+            return module[: starts[0]] + module[start:end]
+    raise NoMatch(f"no kernel {kernel}")
+
+
+class Ptx:
+    """A kernel's PTX as lines, an instruction each, to look around in and to change.
+
+    Places are line numbers. Changes keep the numbers of the other lines: a new instruction shares
+    the line of its neighbour.
+    """
+
+    def __init__(self, text: str):
+        self.lines = text.splitlines()
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.lines) + "\n"
+
+    # --- finding
+
+    def all(self, pattern: str, least: int = 1) -> list[int]:
+        """Lines with `pattern`, at least `least`."""
+        found = [i for i, line in enumerate(self.lines) if re.search(pattern, line)]
+        if len(found) < least:
+            raise NoMatch(f"{pattern!r}: {len(found)} lines, expected {least} or more")
+        return found
+
+    def one(self, pattern: str) -> int:
+        found = self.all(pattern)
+        if len(found) > 1:
+            raise NoMatch(f"{pattern!r}: {len(found)} lines, expected one")
+        return found[0]
+
+    def first(self, pattern: str) -> int:
+        return self.all(pattern)[0]
+
+    def before(self, place: int, pattern: str) -> int:
+        """The last line with `pattern` before `place`."""
+        return next(iter([i for i in self.all(pattern) if i < place][::-1]), None) or self._none(
+            pattern, f"before line {place}"
+        )
+
+    def after(self, place: int, pattern: str) -> int:
+        """The first line with `pattern` after `place`."""
+        return next((i for i in self.all(pattern) if i > place), None) or self._none(
+            pattern, f"after line {place}"
+        )
+
+    @staticmethod
+    def _none(pattern: str, where: str) -> int:
+        raise NoMatch(f"{pattern!r}: none {where}")
+
+    def operands(self, place: int) -> list[str]:
+        """Registers and immediates of an instruction, the guard left out, in order."""
+        return re.findall(
+            r"(?<![\w.])(?:%[\w.]+|-?\d+|0f[0-9A-F]{8})(?![\w.:])",
+            re.sub(r"^\s*(@!?%\w+\s+)?[\w.:]+", "", self.lines[place]),
+        )
+
+    def definition(self, register: str, before: int | None = None) -> int:
+        """The last line, before `before` if given, that sets a register."""
+        pattern = rf"^\s*(@!?%\w+\s+)?[a-z][\w.:]*\s+(\{{[^}}]*)?{register}\b(?!\])"
+        found = [i for i in self.all(pattern) if before is None or i < before]
+        return found[-1] if found else self._none(pattern, f"before line {before}")
+
+    def parameter(self, index: int) -> str:
+        """The register that a parameter is loaded into. Negative indices count from the last."""
+        count = len(self.all(r"^\s*\.param\b"))
+        return self.operands(self.one(rf"ld\.param\.u\d+\s.*_param_{index % count}\]"))[0]
+
+    # --- barriers of the GEMM kernels: ring.cuh, schedule.cuh
+
+    def _address(self, place: int) -> int:
+        """Constant part of the address in the brackets: the last immediate that is added to it."""
+        register = re.search(r"\[(%\w+)\]", self.lines[place])[1]
+        for _ in range(4):
+            place = self.definition(register, place)
+            operands = self.operands(place)
+            if re.search(r"\badd\.s32\b", self.lines[place]) and operands[-1].isdigit():
+                return int(operands[-1])
+            register = operands[-1] if "add.s32" in self.lines[place] else operands[1]
+        raise NoMatch(f"line {place}: no constant address")
+
+    def inits(self) -> dict[str, list[int]]:
+        """The mbarrier.init of each kind: `full`, `empty`, `mail full`, `mail empty`."""
+        places = self.all(r"\bmbarrier\.init\b", least=14)
+        counts = [self.operands(i)[-1] for i in places]
+        # The stages' `full` counts 33 arrivals, the mailbox's 1.
+        mail = next(i for i, count in enumerate(counts) if count != counts[0] and i % 2 == 0)
+        return {
+            "full": places[:mail:2],
+            "empty": places[1:mail:2],
+            "mail full": places[mail::2],
+            "mail empty": places[mail + 1 :: 2],
+        }
+
+    def barrier(self, kind: str, pattern: str, count: int | None = None) -> list[int]:
+        """Lines with `pattern` on barriers of a kind; `count` of them, else one or more."""
+        address = self._address(self.inits()[kind][0])
+        found = [
+            i
+            for i in self.all(pattern)
+            if "mbarrier.init" not in self.lines[i]
+            and "shared::cluster.b64" not in self.lines[i]
+            and self._address(i) == address
+        ]
+        if len(found) != count if count else not found:
+            raise NoMatch(f"{pattern!r} on {kind}: {len(found)} lines, expected {count or 'some'}")
+        return found
+
+    def waits(self, kind: str, count: int | None = None) -> list[int]:
+        return self.barrier(kind, r"\bmbarrier\.try_wait\b", count)
+
+    # --- changing
+
+    def replace(self, place: int, pattern: str, by: str):
+        line, count = re.subn(pattern, by, self.lines[place])
+        if count != 1:
+            raise NoMatch(f"line {place}: {pattern!r} in {self.lines[place]!r}")
+        self.lines[place] = line
+
+    def drop(self, *places: int):
+        for place in places:
+            self.lines[place] = ""
+
+    def insert(self, place: int, text: str):
+        """Before `place`."""
+        self.lines[place] = f"{text} {self.lines[place]}"
+
+    def set(self, place: int, value: str | int):
+        """The instruction gives its result this value instead."""
+        match = re.match(r"\s*[\w.]*?\.(?:wide\.)?([subf])(16|32|64)\s+(%\w+),", self.lines[place])
+        if not match:
+            raise NoMatch(f"line {place}: {self.lines[place]!r} has no simple result")
+        wide = "wide" in self.lines[place].split()[0]
+        bits = int(match[2]) * (2 if wide else 1)
+        self.lines[place] = f"mov.b{bits} {match[3]}, {value};"
+
+    def move(self, places: range, to: int):
+        """Lines `places` before line `to`."""
+        moved = "\n".join(self.lines[i] for i in places)
+        self.drop(*places)
+        self.insert(to, moved + "\n")
+
+    def pass_at_once(self, *waits: int):
+        """The waits find their phase complete, whatever it is."""
+        for place in waits:
+            predicate = self.operands_of_wait(place)[0]
+            self.lines[place] = f"setp.eq.u32 {predicate}, 0, 0;"
+
+    def operands_of_wait(self, place: int) -> tuple[str, str, str]:
+        """Predicate, address, parity of a try_wait."""
+        match = re.search(r"try_wait\S*\s+(%?\w+),\s*\[(%\w+)\],\s*(%\w+)", self.lines[place])
+        if not match:
+            raise NoMatch(f"line {place}: {self.lines[place]!r} is no try_wait")
+        return match[1], match[2], match[3]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """`run` names the case of tests/test_mutations.py that executes the faulty kernel.
+
+    `detector` is the emulator's exception, or WRONG_RESULT.
+    """
+
+    name: str
+    run: str
+    detector: str
+    edit: Callable[[Ptx], None]
+
+
+MUTATIONS: list[Mutation] = []
+
+
+def planted(run: str, name: str, detector: str):
+    """Adds the decorated edit to the table."""
+
+    def add(edit: Callable[[Ptx], None]):
+        MUTATIONS.append(Mutation(name, run, detector, edit))
+        return edit
+
+    return add
+
+
+# ---- GEMM: barriers of the ring of stages and of the mailbox
+
+# Parameters, counted from the last: gemm_args.cuh.
+M, N, GROUPS, RHS_GROUP_ROWS = -12, -11, -10, -5
+
+EXPECT_TX = r"\bmbarrier\.arrive\.expect_tx\b"
+CP_ASYNC = r"\bcp\.async\.ca\.shared\.global\b"
+CP_ASYNC_ARRIVE = r"\bcp\.async\.mbarrier\.arrive\.noinc\b"
+RELEASE = r"\bmbarrier\.arrive\.shared::cluster\.b64\b"
+TMA = r"\bcp\.async\.bulk\.tensor\.2d\.shared::cluster\b(?!.*multicast)"
+MULTICAST = r"\bcp\.async\.bulk\.tensor\.2d\b.*multicast"
+TMA_STORE = r"\bcp\.async\.bulk\.tensor\.2d\.global\b"
+BULK_WAIT_READ = r"\bcp\.async\.bulk\.wait_group\.read\b"
+WGMMA = r"\bwgmma\.mma_async\b"
+COMMIT = r"\bwgmma\.commit_group\b"
+WAIT_GROUP = r"\bwgmma\.wait_group\b"
+WGMMA_FENCE = r"\bwgmma\.fence\b"
+
+
+def operand_wait(ptx: Ptx) -> int:
+    """The operand warp's wait for a free stage."""
+    place = ptx.before(ptx.one(EXPECT_TX), r"\bmbarrier\.try_wait\b")
+    if place not in ptx.waits("empty", 2):
+        raise NoMatch("the wait before expect_tx is not for a free stage")
+    return place
+
+
+def scale_wait(ptx: Ptx) -> int:
+    """The scale warp's wait for a free stage."""
+    return next(i for i in ptx.waits("empty", 2) if i != operand_wait(ptx))
+
+
+@planted("tiles", "math warps do not wait for a stage", "Race")
+def _(ptx):
+    ptx.pass_at_once(*ptx.waits("full", 1))
+
+
+@planted("tiles", "operand warp does not wait for a free stage", "Race")
+def _(ptx):
+    ptx.pass_at_once(operand_wait(ptx))
+
+
+@planted("tiles", "scale warp does not wait for a free stage", "Race")
+def _(ptx):
+    ptx.pass_at_once(scale_wait(ptx))
+
+
+@planted("tiles", "operand warp waits for the other phase", "Deadlock")
+def _(ptx):
+    place = operand_wait(ptx)
+    flip = ptx.definition(ptx.operands_of_wait(place)[2], place)
+    ptx.replace(flip, r"xor\.b32\s+(%\w+), (%\w+), 1", r"mov.b32 \1, \2")
+
+
+@planted("tiles", "math warps' phase never turns", "Race")
+def _(ptx):
+    lap = ptx.operands_of_wait(ptx.waits("full", 1)[0])[2]
+    ptx.drop(ptx.one(rf"xor\.b32\s+{lap}, {lap},"))
+
+
+@planted("tiles", "math warps do not wait for the mailbox", "UninitializedRead")
+def _(ptx):
+    ptx.pass_at_once(ptx.before(ptx.waits("full", 1)[0], r"\bmbarrier\.try_wait\b"))
+
+
+@planted("tiles", "scheduler does not wait for a free mailbox slot", "Deadlock")
+def _(ptx):
+    ptx.pass_at_once(*ptx.waits("mail empty", 2))
+
+
+@planted("tiles", "expect_tx counts 128 bytes too many", "Deadlock")
+def _(ptx):
+    place = ptx.one(EXPECT_TX)
+    size = ptx.definition(ptx.operands(place)[-1], place)
+    ptx.set(size, int(ptx.operands(size)[-1]) + 128)
+
+
+@planted("tiles", "expect_tx counts 128 bytes too few", "Deadlock")
+def _(ptx):
+    place = ptx.one(EXPECT_TX)
+    size = ptx.definition(ptx.operands(place)[-1], place)
+    ptx.set(size, int(ptx.operands(size)[-1]) - 128)
+
+
+@planted("tiles", "expect_tx forgets its bytes", "Deadlock")
+def _(ptx):
+    ptx.replace(ptx.one(EXPECT_TX), r"\.expect_tx(.*), %\w+;", r"\1;")
+
+
+@planted("tiles", "a stage's barrier counts one lane of scales less", "BarrierMisuse")
+def _(ptx):
+    count = ptx.operands(ptx.inits()["full"][0])[-1]
+    ptx.set(ptx.definition(count), 32)
+
+
+@planted("tiles", "a free stage counts one math warp less", "Race")
+def _(ptx):
+    place = ptx.inits()["empty"][0]
+    count = ptx.operands(place)[-1]
+    ptx.insert(place, f"sub.u32 {count}, {count}, 1;")
+
+
+@planted("tiles", "a free stage counts one math warp more", "Deadlock")
+def _(ptx):
+    place = ptx.inits()["empty"][0]
+    count = ptx.operands(place)[-1]
+    ptx.insert(place, f"add.u32 {count}, {count}, 1;")
+
+
+@planted("tiles", "a mailbox slot counts one reading warp less", "Race")
+def _(ptx):
+    count = ptx.definition(ptx.operands(ptx.inits()["mail empty"][0])[-1])
+    ptx.set(count, int(ptx.operands(count)[-1]) - 1)
+
+
+@planted("tiles", "math warps do not hand back a mailbox slot", "Deadlock")
+def _(ptx):
+    reads = ptx.barrier("mail empty", r"\bmbarrier\.arrive\.shared::cta\.b64\b", 3)
+    wait = ptx.waits("full", 1)[0]
+    ptx.drop(next(i for i in reversed(reads) if i < wait))
+
+
+@planted("tiles", "the end of the tiles is not announced", "Deadlock")
+def _(ptx):
+    sends = ptx.barrier("mail full", r"\bmbarrier\.arrive\.shared::cta\.b64\b", 2)
+    ptx.drop(next(i for i in sends if ptx.lines[i + 1 :] and _sends_end(ptx, i)))
+
+
+def _sends_end(ptx: Ptx, arrival: int) -> bool:
+    """Whether the Work before an arrival has kEnd blocks."""
+    store = ptx.before(arrival, r"\bst\.shared\.v4\.b32\b")
+    blocks = ptx.operands(store)[3]
+    return bool(re.search(r"mov\.[ub]32\s+%\w+, -1;", ptx.lines[ptx.definition(blocks, store)]))
+
+
+@planted("tiles", "arrival of the scales removed", "Deadlock")
+def _(ptx):
+    ptx.drop(ptx.one(CP_ASYNC_ARRIVE))
+
+
+@planted("tiles", "arrival of the scales does not wait for their copies", "Race")
+def _(ptx):
+    ptx.replace(
+        ptx.one(CP_ASYNC_ARRIVE),
+        r"cp\.async\.mbarrier\.arrive\.noinc\.shared::cta\.b64 ",
+        "mbarrier.arrive.shared::cta.b64 _, ",
+    )
+
+
+@planted("tiles", "release of the stages removed", "Deadlock")
+def _(ptx):
+    ptx.drop(ptx.one(RELEASE))
+
+
+@planted("tiles", "stage released before its products are done", "Race")
+def _(ptx):
+    wait = ptx.one(WAIT_GROUP)
+    ptx.move(range(wait, wait + 1), ptx.after(ptx.one(RELEASE), r"^\$\w+:") + 1)
+
+
+@planted("outer", "stage released before its scales are read", "Race")
+def _(ptx):
+    release = ptx.one(RELEASE)
+    begin, end = ptx.before(release, r"bar\.warp\.sync"), ptx.after(release, r"^\$\w+:")
+    ptx.move(range(begin, end + 1), ptx.after(ptx.one(WAIT_GROUP), r"\bld\.shared\.v4\.f32\b"))
+
+
+@planted("tiles", "all stages' operands land in the first", "Race")
+def _(ptx):
+    copy = ptx.first(TMA)
+    target = ptx.definition(re.search(r"\[(%\w+)\]", ptx.lines[copy])[1], copy)
+    ptx.replace(target, r"add\.s32\s+(%\w+), (%\w+), %\w+", r"mov.b32 \1, \2")
+
+
+@planted("tiles", "barriers are not fenced after their initialization", "MissingFence")
+def _(ptx):
+    ptx.drop(ptx.one(r"\bfence\.mbarrier_init\b"))
+
+
+@planted("tiles", "no barrier after the barriers' initialization", "Race")
+def _(ptx):
+    ptx.drop(ptx.first(r"\bbarrier\.cluster\.arrive\b"), ptx.first(r"\bbarrier\.cluster\.wait\b"))
+
+
+# ---- GEMM: wgmma
+
+
+@planted("tiles", "wgmma.fence removed", "MissingFence")
+def _(ptx):
+    ptx.drop(ptx.one(WGMMA_FENCE))
+
+
+@planted("tiles", "wgmma.commit_group removed", "RegisterInFlight")
+def _(ptx):
+    ptx.drop(ptx.one(COMMIT))
+
+
+@planted("tiles", "wgmma.wait_group removed", "RegisterInFlight")
+def _(ptx):
+    ptx.drop(ptx.one(WAIT_GROUP))
+
+
+@planted("tiles", "wgmma.wait_group leaves one group in flight", "RegisterInFlight")
+def _(ptx):
+    ptx.replace(ptx.one(WAIT_GROUP), r" 0;", " 1;")
+
+
+def descriptors(ptx: Ptx, product: int) -> list[str]:
+    """Registers of the lhs and rhs descriptors."""
+    return re.findall(r"\}, (%\w+), (%\w+),", ptx.lines[product])[0]
+
+
+def descriptor_constant(ptx: Ptx) -> list[int]:
+    """Where the descriptors get their constant bits."""
+    return ptx.all(rf"\bor\.b64\b.*, {(1 << 62) | (1024 >> 4) << 32};", least=2)
+
+
+def change_descriptors(ptx: Ptx, swizzle: int, stride: int):
+    for place in descriptor_constant(ptx):
+        ptx.replace(place, r"\d+;$", f"{swizzle << 62 | (stride >> 4) << 32};")
+
+
+@planted("tiles", "descriptors name the 64-byte swizzle", WRONG_RESULT)
+def _(ptx):
+    change_descriptors(ptx, 2, 1024)
+
+
+@planted("tiles", "descriptors name a stride of 512 bytes", WRONG_RESULT)
+def _(ptx):
+    change_descriptors(ptx, 1, 512)
+
+
+@planted("tiles", "rhs advances 64 bytes for 32 of the contraction", WRONG_RESULT)
+def _(ptx):
+    product = ptx.all(WGMMA, least=4)[1]
+    ptx.replace(ptx.definition(descriptors(ptx, product)[1], product), r", 2;", ", 4;")
+
+
+@planted("tiles", "lhs does not advance along the contraction", WRONG_RESULT)
+def _(ptx):
+    for product, step in zip(ptx.all(WGMMA, least=4)[1:], (2, 4, 6), strict=True):
+        ptx.replace(ptx.definition(descriptors(ptx, product)[0], product), rf", {step};", ", 0;")
+
+
+@planted("tiles", "first product of a block keeps the last block's sum", WRONG_RESULT)
+def _(ptx):
+    test = ptx.before(ptx.first(WGMMA), r"\bsetp\.ne\.b32\b")
+    ptx.replace(test, r"setp\.ne(\.b32 p, (%\w+)), 0;", r"setp.eq\1, \2;")
+
+
+# ---- GEMM: two accumulator sets, two math warpgroups
+
+
+@planted("two sets", "second turn does not wait for its stage", "Race")
+def _(ptx):
+    ptx.pass_at_once(ptx.waits("full", 4)[2])
+
+
+@planted("two sets", "second turn promotes without wait_group", "Race")
+def _(ptx):
+    ptx.drop(ptx.all(WAIT_GROUP, least=4)[2])
+
+
+@planted("two sets", "second turn without wgmma.fence", "MissingFence")
+def _(ptx):
+    ptx.drop(ptx.all(WGMMA_FENCE, least=4)[2])
+
+
+@planted("two sets", "first turn without commit_group", "Race")
+def _(ptx):
+    ptx.drop(ptx.all(COMMIT, least=4)[1])
+
+
+@planted("two sets", "first turn's products go to the set that is promoted", "RegisterInFlight")
+def _(ptx):
+    products = ptx.all(WGMMA, least=16)
+    registers = [re.search(r"\{(.*?)\}", ptx.lines[products[i]])[1] for i in (0, 4)]
+    for product in products[4:8]:
+        ptx.replace(product, re.escape(registers[1]), registers[0])
+
+
+@planted("two sets", "first turn's stage released before its products are done", "Race")
+def _(ptx):
+    release, wait = ptx.all(RELEASE, least=4)[1], ptx.all(WAIT_GROUP, least=4)[1]
+    begin, end = ptx.before(release, r"bar\.warp\.sync"), ptx.after(release, r"^\$\w+:")
+    if not wait < begin:
+        raise NoMatch("the release does not follow the wait")
+    ptx.move(range(wait, wait + 1), end + 1)
+
+
+@planted("two sets", "producers keep their registers", "RegisterBudget")
+def _(ptx):
+    ptx.drop(ptx.one(r"\bsetmaxnreg\.dec\b"))
+
+
+# ---- GEMM: scales
+
+
+def scale_reads(ptx: Ptx) -> int:
+    """The math warps' read of two row scales."""
+    return ptx.one(r"\bld\.shared\.v2\.f32\b")
+
+
+@planted("tiles", "neighbouring rows exchange their scales", WRONG_RESULT)
+def _(ptx):
+    place = scale_reads(ptx)
+    address = re.search(r"\[(%\w+)\]", ptx.lines[place])[1]
+    exchange = f"xor.b32 {address}, {address}, 8;"
+    ptx.insert(place, exchange)
+    ptx.insert(place + 1, exchange)
+
+
+@planted("tiles", "the two rows of a lane exchange their scales", WRONG_RESULT)
+def _(ptx):
+    ptx.replace(scale_reads(ptx), r"\{(%\w+), (%\w+)\}", r"{\2, \1}")
+
+
+@planted("tiles", "row scales come from the first stage", "Race")
+def _(ptx):
+    place = scale_reads(ptx)
+    address = ptx.definition(re.search(r"\[(%\w+)\]", ptx.lines[place])[1], place)
+    _, *terms = ptx.operands(address)
+    slots = [t for t in terms if "mul.lo" in ptx.lines[ptx.definition(t, place)]]
+    if len(slots) != 1:
+        raise NoMatch(f"line {address}: no term is a multiple of the slot")
+    ptx.replace(address, rf"{slots[0]}\b", "0")
+
+
+@planted("outer", "columns take the scales of their neighbours", WRONG_RESULT)
+def _(ptx):
+    ptx.replace(ptx.first(r"\bld\.shared\.v4\.f32\b"), r"\{(%\w+), (%\w+),", r"{\2, \1,")
+
+
+@planted("tiles", "every block takes the first one's row scales", WRONG_RESULT)
+def _(ptx):
+    keep_source(ptx, 0)
+
+
+@planted("tiles", "every block takes the first one's column scales", WRONG_RESULT)
+def _(ptx):
+    keep_source(ptx, -1)
+
+
+def keep_source(ptx: Ptx, copy: int):
+    """The source of a copy of scales does not advance from block to block."""
+    source = re.search(r"\], \[(%\w+)\]", ptx.lines[ptx.all(CP_ASYNC, least=3)[copy]])[1]
+    ptx.drop(ptx.one(rf"\badd\.s64\s+{source}, {source},"))
+
+
+@planted("tiles", "scales of rows past the operand are read", "OutOfBounds")
+def _(ptx):
+    copy = ptx.all(CP_ASYNC, least=3)[1]
+    ptx.set(ptx.definition(ptx.operands(copy)[-1], copy), 4)
+
+
+@planted("tiles", "scales are skipped, not zero-filled, past the operand", "UninitializedRead")
+def _(ptx):
+    for copy in ptx.all(CP_ASYNC, least=3)[:2]:
+        size = ptx.operands(copy)[-1]
+        ptx.lines[copy] = (
+            f"{{ .reg .pred q; setp.ne.u32 q, {size}, 0; @q {ptx.lines[copy].strip()} }}"
+        )
+
+
+@planted("tiles", "copies of the rhs scales removed", "UninitializedRead")
+def _(ptx):
+    ptx.drop(ptx.all(CP_ASYNC, least=3)[2])
+
+
+# ---- GEMM: tiles and segments
+
+
+def stride(ptx: Ptx) -> int:
+    """The number of clusters: the second quotient by the cluster's size."""
+    grid = ptx.operands(ptx.one(r"mov\.u32\s+%\w+, %nctaid\.x;"))[0]
+    return ptx.one(rf"\bdiv\.[us]32\s+%\w+, {grid},")
+
+
+@planted("two CTAs", "tiles of a CTA lie one too close", "DoubleWrite")
+def _(ptx):
+    ptx.set(stride(ptx), 1)
+
+
+@planted("two CTAs", "tiles of a CTA lie one too far", WRONG_RESULT)
+def _(ptx):
+    ptx.set(stride(ptx), 3)
+
+
+@planted("two CTAs", "a CTA starts one tile too late", WRONG_RESULT)
+def _(ptx):
+    index = ptx.operands(ptx.one(r"mov\.u32\s+%\w+, %ctaid\.x;"))[0]
+    place = ptx.one(rf"\bdiv\.[us]32\s+%\w+, {index},")
+    tile = ptx.operands(place)[0]
+    ptx.insert(place + 1, f"add.u32 {tile}, {tile}, 1;")
+
+
+@planted("tiles", "coordinates of the lhs copy exchanged", WRONG_RESULT)
+def _(ptx):
+    ptx.replace(ptx.first(TMA), r"\{(%\w+), (%\w+)\}", r"{\2, \1}")
+
+
+@planted("odd columns", "columns past the output are stored", "DoubleWrite")
+def _(ptx):
+    ptx.set(
+        ptx.after(ptx.one(WAIT_GROUP), rf"\bsub\.s32\s+%\w+, {ptx.parameter(N)}, %\w+;"), 1 << 20
+    )
+
+
+def rows_to_store(ptx: Ptx) -> int:
+    """The scheduler's minimum of the rows that are left and those of a tile."""
+    return ptx.one(r"\bmin\.s32\s+%\w+, %\w+, 64;")
+
+
+@planted("odd columns", "rows past the output are stored", "OutOfBounds")
+def _(ptx):
+    ptx.set(rows_to_store(ptx), 64)
+
+
+@planted("groups", "rows past a group are stored", "DoubleWrite")
+def _(ptx):
+    ptx.set(rows_to_store(ptx), 64)
+
+
+@planted("groups", "rows past the groups are not zeroed", WRONG_RESULT)
+def _(ptx):
+    groups = ptx.parameter(GROUPS)
+    ptx.replace(ptx.one(rf"\bsetp\.eq\.s32\s+%\w+, %\w+, {groups};"), rf"{groups};", "-1;")
+
+
+@planted("as many groups as lanes", "the rows past the groups are no segment", WRONG_RESULT)
+def _(ptx):
+    ptx.replace(ptx.one(rf"\badd\.s32\s+%\w+, {ptx.parameter(GROUPS)}, 1;"), ", 1;", ", 0;")
+
+
+@planted("groups", "all groups take the first one's rhs", WRONG_RESULT)
+def _(ptx):
+    rows = ptx.parameter(RHS_GROUP_ROWS)
+    ptx.replace(ptx.one(rf"\bmad\.lo\.s32\s+%\w+, %\w+, {rows}, %\w+;"), rf"{rows},", "0,")
+
+
+@planted("groups", "a negative group size is taken as it is", WRONG_RESULT)
+def _(ptx):
+    for place in ptx.all(r"\bmax\.s32\s+%\w+, %\w+, 0;", least=3):
+        ptx.replace(place, r"max\.s32\s+(%\w+), (%\w+), 0", r"mov.b32 \1, \2")
+
+
+@planted("masked groups", "rows past a group's valid ones keep what they held", WRONG_RESULT)
+def _(ptx):
+    ptx.set(ptx.one(rf"\bsub\.s32\s+(%\w+), {ptx.parameter(M)}, \1;"), 0)
+
+
+@planted("wgrad groups", "a group's last, short block of tokens is left out", WRONG_RESULT)
+def _(ptx):
+    ptx.replace(ptx.one(r"\badd\.s32\s+%\w+, %\w+, 127;"), "127;", "0;")
+
+
+@planted("wgrad groups", "each group starts a block of tokens too late", WRONG_RESULT)
+def _(ptx):
+    blocks = ptx.operands(ptx.one(r"\bshr\.[su]32\s+%\w+, %\w+, 7;"))[0]
+    first = ptx.one(rf"\bsub\.s32\s+%\w+, %\w+, {blocks};")
+    register = ptx.operands(first)[0]
+    ptx.insert(first + 1, f"add.s32 {register}, {register}, 1;")
+
+
+# ---- GEMM: epilogue
+
+
+@planted("odd columns", "lanes swap pairs with the wrong neighbour", WRONG_RESULT)
+def _(ptx):
+    for place in ptx.all(r"\bshfl\.sync\.bfly\.b32\b"):
+        ptx.replace(place, rf", {ptx.operands(place)[3]}, ", ", 2, ")
+
+
+@planted("tiles", "the scaled product overwrites the sum", WRONG_RESULT)
+def _(ptx):
+    place = ptx.after(ptx.one(WAIT_GROUP), r"\bfma\.rn\.f32\b")
+    ptx.replace(place, r"fma\.rn\.f32\s+(%\w+), (%\w+), (%\w+), %\w+;", r"mul.f32 \1, \2, \3;")
+
+
+@planted("accumulate", "old values are not added", WRONG_RESULT)
+def _(ptx):
+    for place in ptx.all(r"\bld\.global\.u32\b", least=8):
+        ptx.set(place, 0)
+
+
+@planted("accumulate in float32", "sums are stored, not added", WRONG_RESULT)
+def _(ptx):
+    for place in ptx.all(r"\bred\.relaxed\.gpu\.global\.add\.v2\.f32\b", least=2):
+        ptx.replace(place, r"red\.\S+", "st.global.v2.f32")
+
+
+@planted("accumulate in float32", "a strip is stored, not added", WRONG_RESULT)
+def _(ptx):
+    for place in ptx.all(r"\bcp\.reduce\.async\.bulk\.tensor\.2d\b"):
+        ptx.replace(place, r"cp\.reduce(\.async\.bulk\.tensor\.2d\S*)\.add\.tile", r"cp\1.tile")
+
+
+@planted("tiles", "a warp does not wait until its strip has been read", "Race")
+def _(ptx):
+    ptx.drop(ptx.one(BULK_WAIT_READ))
+
+
+@planted("outer", "lanes do not wait for the one that waits for their strip", "Race")
+def _(ptx):  # of a float32 kernel: stmatrix, which others use, waits for all lanes itself
+    for wait in ptx.all(BULK_WAIT_READ, least=2):
+        ptx.drop(ptx.after(wait, r"\bbar\.warp\.sync\b"))
+
+
+@planted("tiles", "stores of a strip are not committed", "Race")
+def _(ptx):
+    ptx.drop(ptx.one(r"\bcp\.async\.bulk\.commit_group\b"))
+
+
+@planted("tiles", "a strip is not fenced before the copy engine reads it", "MissingFence")
+def _(ptx):
+    ptx.drop(ptx.one(r"\bfence\.proxy\.async\b"))
+
+
+@planted("tiles", "the copy engine reads a strip that lanes still write", "Race")
+def _(ptx):
+    ptx.drop(ptx.before(ptx.one(TMA_STORE), r"\bbar\.warp\.sync\b"))
+
+
+@planted("tiles", "a strip is not swizzled", WRONG_RESULT)
+def _(ptx):
+    place = ptx.first(r"\bstmatrix\b")
+    address = re.search(r"\[(%\w+)\]", ptx.lines[place])[1]
+    ptx.insert(place, f"xor.b32 {address}, {address}, 16;")
+    ptx.insert(place + 1, f"xor.b32 {address}, {address}, 16;")
+
+
+@planted("tiles", "strips go to the columns of the tile's first", "DoubleWrite")
+def _(ptx):
+    ptx.replace(ptx.one(TMA_STORE), r"\{%\w+, (%\w+)\}", r"{0, \1}")
+
+
+@planted("tiles", "a CTA leaves before the copy engine has read its strips", "ExitedCta")
+def _(ptx):
+    ptx.drop(ptx.one(r"\bcp\.async\.bulk\.wait_group\b(?!\.read)"))
+
+
+@planted("tiles", "lanes still read a stage that their warp releases", "Race")
+def _(ptx):
+    ptx.drop(ptx.before(ptx.one(RELEASE), r"\bbar\.warp\.sync\b"))
+
+
+# ---- GEMM: clusters
+
+
+@planted("column cluster", "the column's multicast misses the peer", "Deadlock")
+def _(ptx):
+    copy = ptx.all(MULTICAST, least=2)[1]
+    ptx.replace(copy, r", %\w+;", ", 1;")
+
+
+@planted("row cluster", "the row's multicast misses the peer", "Deadlock")
+def _(ptx):
+    ptx.replace(ptx.all(MULTICAST, least=2)[0], r", %\w+;", ", 1;")
+
+
+@planted("column cluster", "the peer is not told that a stage is free", "Deadlock")
+def _(ptx):
+    skip = ptx.before(ptx.first(RELEASE), r"^\s*@%\w+ bra")
+    test = ptx.definition(re.search(r"@(%\w+)", ptx.lines[skip])[1], skip)
+    size = next(r for r in ptx.operands(test)[1:] if "mul.lo" in ptx.lines[ptx.definition(r)])
+    ptx.replace(test, rf"{size}\b", "1")
+
+
+@planted("column cluster", "both arrivals go to the CTA itself", "Race")
+def _(ptx):
+    place = ptx.one(r"\bmapa\b")
+    ptx.insert(place + 1, f"mov.b32 {ptx.operands(place)[0]}, {ptx.operands(place)[1]};")
+
+
+@planted("column cluster", "a free stage counts this CTA's warps only", "Race")
+def _(ptx):
+    place = ptx.inits()["empty"][0]
+    count = ptx.operands(place)[-1]
+    ptx.insert(place, f"shr.u32 {count}, {count}, 1;")
+
+
+@planted("column cluster", "a CTA leaves before its peer is done", "ExitedCta")
+def _(ptx):
+    ptx.drop(ptx.all(r"\bbarrier\.cluster\.arrive\b")[-1])
+    ptx.drop(ptx.all(r"\bbarrier\.cluster\.wait\b")[-1])
+
+
+@planted("column cluster", "CTAs do not wait for each other's barriers", "Race")
+def _(ptx):
+    ptx.lines[ptx.first(r"\bbarrier\.cluster\.arrive\b")] = "bar.sync 0;"
+    ptx.drop(ptx.first(r"\bbarrier\.cluster\.wait\b"))
+
+
+@planted("column cluster", "both CTAs load the same part of the rhs block", "Race")
+def _(ptx):
+    copy = ptx.all(MULTICAST, least=2)[1]
+    row = re.search(r"\{%\w+, (%\w+)\}", ptx.lines[copy])[1]
+    terms = ptx.operands(ptx.definition(row, copy))[1:]
+    part = [
+        ptx.definition(t, copy) for t in terms if "mul.lo" in ptx.lines[ptx.definition(t, copy)]
+    ]
+    if len(part) != 1:
+        raise NoMatch("the row of the rhs copy is not the tile's plus a part")
+    ptx.set(part[0], 0)
+
+
+# ---- Quantizers: arithmetic (quantize.cuh)
+
+INFINITY, SMALLEST_NORMAL = 0x7F800000, 0x00800000
+
+
+@planted("rows", "the sign counts as magnitude", WRONG_RESULT)
+def _(ptx):
+    for place in ptx.all(rf"\band\.b32\b.*, {0x7FFF7FFF};", least=8):
+        ptx.replace(place, r"and\.b32(\s+%\w+, %\w+), \d+;", r"mov.b32\1;")
+
+
+@planted("rows with NaN", "NaN and Inf do not mark their block", WRONG_RESULT)
+def _(ptx):
+    place = ptx.one(rf"\bsetp\.gt\.u32\b.*, {INFINITY - 1};")
+    ptx.replace(place, str(INFINITY - 1), "-1")
+
+
+@planted("rows with NaN", "a NaN's scale has another NaN's bits", WRONG_RESULT)
+def _(ptx):
+    ptx.replace(ptx.one(rf"\bselp\.b32\b.*{0x7FC00000}"), str(0x7FC00000), str(0x7FFFFFFF))
+
+
+@planted("rows", "subnormals are not flushed", WRONG_RESULT)
+def _(ptx):
+    for place in ptx.all(r"\bfma\.rn\.ftz\.f32\b", least=8):
+        ptx.replace(place, r"\.ftz", "")
+
+
+@planted("rows", "negative zeros keep their sign", WRONG_RESULT)
+def _(ptx):
+    for place in ptx.all(r"\bfma\.rn\.ftz\.f32\b", least=8):
+        ptx.replace(place, r", %\w+;", ", 0f80000000;")
+
+
+@planted("ties", "the reciprocal is rounded down", WRONG_RESULT)
+def _(ptx):
+    place = ptx.one(r"\brcp\.rn\.f32\b")
+    inverse = ptx.operands(place)[0]
+    ptx.insert(
+        place + 1,
+        f"{{ .reg .b32 bits; mov.b32 bits, {inverse}; sub.u32 bits, bits, 1; mov.b32 {inverse}, bits; }}",
+    )
+
+
+@planted("rows", "scales are not below the smallest normal", WRONG_RESULT)
+def _(ptx):
+    place = ptx.one(rf"\bmax\.u32\b.*, {SMALLEST_NORMAL};")
+    ptx.replace(place, r"max\.u32(\s+%\w+, %\w+), \d+;", r"mov.b32\1;")
+
+
+@planted("rows", "a block of zeros gets the smallest scale", WRONG_RESULT)
+def _(ptx):
+    place = ptx.one(rf"\bsetp\.lt\.u32\b.*, {SMALLEST_NORMAL};")
+    ptx.replace(place, str(SMALLEST_NORMAL), "0")
+
+
+@planted("rows to powers of two", "scales are rounded down to a power of two", WRONG_RESULT)
+def _(ptx):
+    place = ptx.one(rf"\badd\.s32\b.*, {SMALLEST_NORMAL - 1};")
+    ptx.replace(place, str(SMALLEST_NORMAL - 1), "0")
+
+
+@planted("rows to powers of two", "scales are not rounded to a power of two", WRONG_RESULT)
+def _(ptx):
+    place = ptx.one(rf"\band\.b32\b.*, {INFINITY};")
+    ptx.replace(place, str(INFINITY), "-1")
+
+
+@planted("rows", "the maximum misses half of the lanes", WRONG_RESULT)
+def _(ptx):
+    shuffle = ptx.all(r"\bshfl\.sync\.bfly\.b32\b", least=8)[-1]
+    ptx.replace(shuffle, rf", {ptx.operands(shuffle)[3]}, ", ", 0, ")
+
+
+@planted("rows", "a row takes the inverse of another", WRONG_RESULT)
+def _(ptx):
+    shuffle = ptx.all(r"\bshfl\.sync\.idx\.b32\b", least=8)[1]
+    ptx.replace(shuffle, rf", {ptx.operands(shuffle)[3]}, ", ", 0, ")
+
+
+@planted("rows", "scales lie one element too far", "OutOfBounds")
+def _(ptx):
+    place = ptx.all(r"\bst\.global\.[fu]32\b")[-1]
+    ptx.replace(place, r"\[(%\w+)\]", r"[\1+4]")
+
+
+# ---- Quantizers: transposition, groups
+
+
+@planted("columns", "maxima are read before they are written", "Race")
+def _(ptx):
+    ptx.drop(ptx.all(r"\bbar\.sync\b", least=3)[0])
+
+
+@planted("columns", "inverses are read before they are written", "UninitializedRead")
+def _(ptx):
+    ptx.drop(ptx.all(r"\bbar\.sync\b", least=3)[1])
+
+
+@planted("columns", "the transposed tile is read before it is written", "UninitializedRead")
+def _(ptx):
+    ptx.drop(ptx.all(r"\bbar\.sync\b", least=3)[2])
+
+
+@planted("columns", "the transposed tile is written without its swizzle", WRONG_RESULT)
+def _(ptx):
+    barriers = ptx.all(r"\bbar\.sync\b", least=3)
+    swizzles = [i for i in ptx.all(r"\bxor\.b32\b") if barriers[1] < i < barriers[2]]
+    if not swizzles:
+        raise NoMatch("no xor between the barriers")
+    for place in swizzles:
+        ptx.replace(place, r"xor\.b32(\s+%\w+), %\w+, (%\w+);", r"mov.b32\1, \2;")
+
+
+@planted("columns", "scales of columns past the matrix are stored", "OutOfBounds")
+def _(ptx):
+    store = ptx.first(r"\bst\.global\.[fu]32\b")
+    ptx.drop(ptx.before(store, r"^\s*@%\w+ bra"))
+
+
+@planted("weight", "the block's maximum is read before it is written", "Race")
+def _(ptx):
+    ptx.drop(ptx.all(r"\bbar\.sync\b", least=2)[0])
+
+
+@planted("weight", "the transposed block is read before it is written", "UninitializedRead")
+def _(ptx):
+    ptx.drop(ptx.all(r"\bbar\.sync\b", least=2)[1])
+
+
+@planted("ragged groups", "the token block is read before it is found", "Race")
+def _(ptx):
+    ptx.drop(ptx.all(r"\bbar\.sync\b", least=4)[0])
+
+
+@planted("ragged groups", "tokens past a group are not zeros beside a NaN", WRONG_RESULT)
+def _(ptx):
+    barriers = ptx.all(r"\bbar\.sync\b", least=4)
+    for store in ptx.all(r"\bst\.shared\.v2\.[ub]32\b", least=8):
+        if barriers[-2] < store < barriers[-1]:
+            for word in ptx.operands(store)[-2:]:
+                place = ptx.definition(word, store)
+                ptx.replace(place, r"and\.b32(\s+%\w+, %\w+), %\w+;", r"mov.b32\1;")
+
+
+@planted("ragged groups", "rows past the groups give their block a scale", WRONG_RESULT)
+def _(ptx):
+    test = ptx.first(rf"\bsetp\.gt\.u32\b.*, {INFINITY - 1};")
+    place = ptx.definition(ptx.operands(test)[1], test)
+    ptx.replace(place, r"selp\.b32(\s+%\w+), 0, (%\w+), %\w+;", r"mov.b32\1, \2;")
+
+
+@planted("ragged groups", "a negative group size is taken as it is", "DoubleWrite")
+def _(ptx):
+    for place in ptx.all(r"\bmax\.s32\s+%\w+, %\w+, 0;", least=2):
+        if place < ptx.first(r"\bbar\.sync\b"):
+            ptx.replace(place, r"max\.s32(\s+%\w+, %\w+), 0;", r"mov.b32\1;")
+
+
+@planted("ragged groups", "blocks without tokens get a scale of zero", WRONG_RESULT)
+def _(ptx):
+    one = ptx.one(r"\bmov\.[ub]32\s+%\w+, 1065353216;")
+    ptx.set(one, 0)
+
+
+def main():
+    width = max(len(m.name) for m in MUTATIONS)
+    for mutation in MUTATIONS:
+        print(f"{mutation.name:{width}}  {mutation.run:24}  {mutation.detector}")
+    print(f"{len(MUTATIONS)} faults")
+
+
+if __name__ == "__main__":
+    main()

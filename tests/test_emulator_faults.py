@@ -701,6 +701,41 @@ END:
         program("").run()
 
 
+def test_other_lanes_learn_of_a_bulk_wait_by_bar_warp_sync():
+    def program(sync: str) -> Program:
+        text = kernel(
+            "u64 u64",
+            f"""
+    mov.u32 %r100, %tid.x;
+    mov.u32 %r102, memory;
+    ld.param.u64 %d1, [p0];
+    mad.lo.u32 %r1, %r100, 4, %r102;
+    st.shared.u32 [%r1], %r100;
+    fence.proxy.async;
+    bar.warp.sync -1;
+    setp.ne.u32 %p1, %r100, 0;
+    @%p1 bra REUSE;
+    cp.async.bulk.global.shared::cta.bulk_group [%d1], [%r102], 128;
+    cp.async.bulk.commit_group;
+    cp.async.bulk.wait_group.read 0;
+    st.shared.u32 [%r102], 9;
+REUSE:
+    {sync}
+    st.shared.u32 [%r1], %r1;""",
+            module=MODULE,
+        )
+
+        def check(got, _):
+            np.testing.assert_array_equal(got, np.arange(32))
+
+        arrays = [np.zeros(32, np.uint32), np.zeros(1, np.uint32)]
+        return Program("", text, lambda: arrays, check, dynamic_smem=128)
+
+    program("bar.warp.sync -1;").run()
+    with pytest.raises(Race):
+        program("").run()
+
+
 def test_cp_async_needs_a_proxy_fence_before_the_asynchronous_proxy_reads():
     def program(fence: str) -> Program:
         text = kernel(

@@ -23,7 +23,8 @@ operations as late as possible; other seeds choose orders, turns and completions
 `check_races=False` turns off the happens-before detector.
 
 What it finds, each an exception of `errors.py` with the PTX line and both parties: races between
-generic accesses, bulk copies, cp.async and wgmma; reads of uninitialised shared memory; registers
+generic accesses, bulk copies, cp.async and wgmma, also between lanes of a warp that no
+bar.warp.sync orders; reads of uninitialised shared memory; registers
 of a wgmma in flight; missing proxy, wgmma, mbarrier-init and tensormap fences; wrong transaction
 counts; deadlock; out-of-bounds and misaligned accesses; register budgets; bytes stored twice;
 misuse of barriers, warp-synchronous instructions and descriptors. An instruction or a modifier
@@ -31,7 +32,9 @@ that it does not know is refused, never skipped.
 
 What it does not model: time, caches, bank conflicts, memory scopes, textures, calls, and what ptxas
 does to the program. Clusters of a grid run one after another, so a CTA that waits for another
-cluster is reported as a deadlock, as CUDA does not promise that both are resident. Results of
+cluster is reported as a deadlock, as CUDA does not promise that both are resident. What one lane
+acquires by a wait on an mbarrier counts as acquired by its warp. Global memory is judged between
+clusters only, until a CTA fences or acquires at gpu scope. Results of
 `.approx` instructions and of tensor cores have more bits than the hardware's (alu.py, wgmma.py).
 """
 

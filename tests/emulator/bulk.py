@@ -67,8 +67,11 @@ class BulkStore:
             self.written = True
 
 
-def close_bulk_groups(warp: Warp, closed: int, read_only: bool):
-    """Retires the first `closed` groups of a warp."""
+def close_bulk_groups(warp: Warp, closed: int, read_only: bool, by_one_lane: bool = False):
+    """Retires the first `closed` groups of a warp.
+
+    Where one lane waited, the other lanes know of it after the next bar.warp.sync.
+    """
     kept = []
     for number, stores in warp.bulk_groups:
         if number <= closed:
@@ -77,9 +80,9 @@ def close_bulk_groups(warp: Warp, closed: int, read_only: bool):
         if number > closed or not all(store.written for store in stores):
             kept.append((number, stores))
     warp.bulk_groups = kept
-    agent = warp.cluster.first_bulk + warp.index
-    clock = max(int(warp.seen[agent]), closed)
-    warp.seen[agent] = warp.proxied[agent] = clock
+    warp.bulk_waited = max(warp.bulk_waited, closed)
+    if not by_one_lane:
+        warp.acquire_bulk(closed)
 
 
 @register_decoder("cp")
@@ -127,7 +130,8 @@ class BulkWait(Special):
     def execute(self, issue: Issue) -> bool:
         warp = issue.warp
         at = issue.cluster.at
-        close_bulk_groups(warp, warp.bulk_committed - self.allowed, self.read_only)
+        closed = warp.bulk_committed - self.allowed
+        close_bulk_groups(warp, closed, self.read_only, issue.by_one_lane)
         issue.cluster.at = at
         return True
 

@@ -70,6 +70,7 @@ class Warp:
         # Lanes of the warp among themselves: see `Cluster`, and `SharedMemory`.
         self.single = cta.cluster.first_single + index
         self.synced = 0
+        self.bulk_waited = 0  # groups that a wait_group of one lane has retired
         self.epoch = cta.cluster.new_epoch()
 
     @property
@@ -90,14 +91,23 @@ class Warp:
     def meet(self):
         """All lanes were here: a later release by one lane covers what they did."""
         self.synced = int(self.seen[self.index])
+        self.acquire_bulk(self.bulk_waited)
         self.tick()
+
+    def acquire_bulk(self, groups: int):
+        """The warp knows that its first bulk groups have read their sources."""
+        agent = self.cluster.first_bulk + self.index
+        if groups > self.seen[agent]:
+            self.seen[agent] = self.proxied[agent] = groups
 
     def released(self, by_one_lane: bool) -> tuple[np.ndarray, np.ndarray]:
         """The clocks that an arrival releases."""
-        if not by_one_lane or self.synced >= self.seen[self.index]:
+        if not by_one_lane:
             return self.seen, self.proxied
         seen, proxied = self.seen.copy(), self.proxied.copy()
-        seen[self.index] = self.synced
+        agent = self.cluster.first_bulk + self.index
+        seen[agent] = proxied[agent] = max(int(seen[agent]), self.bulk_waited)
+        seen[self.index] = min(int(seen[self.index]), self.synced)
         proxied[self.index] = min(int(proxied[self.index]), self.synced)
         return seen, proxied
 

@@ -144,7 +144,8 @@ class SharedMemory:
             self._unordered(who, granules, ok, "write")
         limit = seen[who, : cluster.readers]
         if not (self.reads[granules] <= limit).all():
-            self._still_read(who, granules, limit)
+            by_one_lane = isinstance(agent, int) and agent != who
+            self._still_read(who, granules, limit, by_one_lane)
         clash = (self.write_epoch[granules] == epoch) & (self.write_lane[granules] != lane)
         if clash.any():
             self._lanes_race(who, granules, clash, "write", "a write")
@@ -233,7 +234,7 @@ class SharedMemory:
             if not ordered.all():
                 self._unordered(who, granules, ordered, what)
             self._no_fence(warp.name, granules, ok, f"{what} overwrites")
-        self._record_async(who, granules, agent, clock)
+        self._record_async(who, granules, agent, clock, by_one_lane=True)
 
     def generic_async_write(self, warp: Warp, lanes, granules, agent: int, clock: int):
         """A write by non-bulk cp.async: asynchronous, but through the generic proxy."""
@@ -252,14 +253,14 @@ class SharedMemory:
             clash = (epochs[granules] == warp.epoch) & (owners[granules] != lanes)
             if clash.any():
                 self._lanes_race(who, granules, clash, "cp.async", what)
-        self._record_async(who, granules, agent, clock)
+        self._record_async(who, granules, agent, clock, by_one_lane=False)
         self.write_lane[granules] = lanes
         self.write_epoch[granules] = warp.epoch
 
-    def _record_async(self, who: int, granules, agent: int, clock: int):
+    def _record_async(self, who: int, granules, agent: int, clock: int, by_one_lane: bool):
         limit = self.cluster.seen[who, : self.cluster.readers]
         if not (self.reads[granules] <= limit).all():
-            self._still_read(who, granules, limit)
+            self._still_read(who, granules, limit, by_one_lane)
         self.writer[granules] = agent
         self.written[granules] = clock
         self.site[granules] = self.cluster.at
@@ -381,7 +382,14 @@ class SharedMemory:
             offset=granule * self.granule,
         )
 
-    def _still_read(self, who, granules, limit):
+    def _still_read(self, who, granules, limit, by_one_lane: bool = False):
+        if by_one_lane:
+            # The lane itself may have waited for its bulk stores.
+            agent = self.cluster.first_bulk + who
+            limit = limit.copy()
+            limit[agent] = max(int(limit[agent]), self.cluster.warps[who].bulk_waited)
+            if (self.reads[granules] <= limit).all():
+                return
         bad = self.reads[granules] > limit
         position, granule = self._first(granules, bad.any(axis=1))
         reader = int(np.flatnonzero(bad[position])[0])

@@ -158,7 +158,7 @@ def case_of(mesh, case, form):
     return mesh, shardings, train(f)
 
 
-@pytest.mark.parametrize("mesh, case, form", combinations(often=("data", "data+row", "fsdp in")))
+@pytest.mark.parametrize("mesh, case, form", [*combinations(often=("data", "data+row", "fsdp in"))])
 def test_work_divides_and_only_this_moves(mesh, case, form):
     mesh, (x, w, dy), run = case_of(mesh, case, form)
     _, devices, want = CASES[case]
@@ -171,7 +171,7 @@ def test_work_divides_and_only_this_moves(mesh, case, form):
         assert moves(compiled) == want
 
 
-@pytest.mark.parametrize("mesh, case, form", combinations(often=("data+row",)))
+@pytest.mark.parametrize("mesh, case, form", [*combinations(often=("data+row",))])
 def test_values_and_shardings(mesh, case, form):
     mesh, (x, w, dy), run = case_of(mesh, case, form)
     out = {"out_shardings": (dy, x, w)} if mesh is AUTO else {}

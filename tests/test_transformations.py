@@ -420,10 +420,18 @@ _plain_gradients: dict[str, Any] = {}
 
 
 def _scanned_gradients(f, xs, ws, wrap):
-    layer = wrap(lambda x, w: jnp.tanh(f(x, w)))
+    # The backward pass needs y again, but only its sign: a last bit of y that differs would
+    # otherwise reach dy and could round to another FP8 value.
+    layer = wrap(lambda x, w: jax.nn.relu(f(x, w)))
 
     def loss(xs, ws):
-        return lax.scan(lambda sum, xw: (sum + layer(*xw).sum(), None), jnp.float32(0), (xs, ws))[0]
+        def step(total, xw):
+            y = layer(*xw)
+            return total + (
+                y * jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)
+            ).sum(), None
+
+        return lax.scan(step, jnp.float32(0), (xs, ws))[0]
 
     return jax.jit(jax.grad(loss, (0, 1)))(xs, ws)
 

@@ -69,12 +69,16 @@ TileLayout layout_of(const Config& config, const GemmProblem& p) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-void require(bool condition, const std::string& message) {
-  if (!condition) throw PlanError("gemm: " + message);
-}
+[[noreturn]] void fail(const std::string& message) { throw PlanError("gemm: " + message); }
+
+// The message is built only where it is needed: planning is part of every call's host time.
+#define REQUIRE(condition, message)  \
+  do {                               \
+    if (!(condition)) fail(message); \
+  } while (false)
 
 void require_aligned(const void* address, int64_t alignment, const char* argument) {
-  require(reinterpret_cast<uintptr_t>(address) % alignment == 0,
+  REQUIRE(reinterpret_cast<uintptr_t>(address) % alignment == 0,
           std::string(argument) + " lies at an address that is no multiple of " +
               std::to_string(alignment) + " bytes");
 }
@@ -95,38 +99,38 @@ int64_t rhs_rows(const GemmProblem& p) {
 
 void check(const GemmProblem& p) {
   const auto positive = [](int64_t size, const char* name) {
-    require(size >= 1 && size <= INT_MAX, std::string(name) + " is " + std::to_string(size) +
+    REQUIRE(size >= 1 && size <= INT_MAX, std::string(name) + " is " + std::to_string(size) +
                                               "; allowed is 1 to " + std::to_string(INT_MAX));
   };
   positive(p.m, "M");
   positive(p.n, "N");
   positive(p.k, "K");
   positive(p.groups, "the number of groups");
-  require(p.k % 16 == 0, "K is " + std::to_string(p.k) + "; it must be a multiple of 16");
+  REQUIRE(p.k % 16 == 0, "K is " + std::to_string(p.k) + "; it must be a multiple of 16");
   for (auto [rows, name] :
        {std::pair{out_rows(p), "out"}, {lhs_rows(p), "lhs"}, {rhs_rows(p), "rhs"}}) {
-    require(rows <= INT_MAX, std::string(name) + " has " + std::to_string(rows) +
+    REQUIRE(rows <= INT_MAX, std::string(name) + " has " + std::to_string(rows) +
                                  " rows over all groups; allowed are " + std::to_string(INT_MAX));
   }
   const auto lhs_allowed = p.lhs == DType::kF8E4M3FN || p.lhs == DType::kF8E5M2;
-  require(lhs_allowed,
+  REQUIRE(lhs_allowed,
           std::string("lhs has dtype ") + name(p.lhs) + "; allowed are f8e4m3fn and f8e5m2");
   if (has_outer_scales(p.kind)) {
-    require(p.rhs == DType::kF8E4M3FN || p.rhs == DType::kF8E5M2,
+    REQUIRE(p.rhs == DType::kF8E4M3FN || p.rhs == DType::kF8E5M2,
             std::string("rhs has dtype ") + name(p.rhs) + "; allowed are f8e4m3fn and f8e5m2");
-    require(p.lhs == DType::kF8E4M3FN || p.rhs == DType::kF8E4M3FN,
+    REQUIRE(p.lhs == DType::kF8E4M3FN || p.rhs == DType::kF8E4M3FN,
             "lhs and rhs both have dtype f8e5m2; one must be f8e4m3fn");
   } else {
-    require(p.rhs == DType::kF8E4M3FN,
+    REQUIRE(p.rhs == DType::kF8E4M3FN,
             std::string("rhs has dtype ") + name(p.rhs) + "; allowed is f8e4m3fn");
   }
-  require(p.out == DType::kBFloat16 || p.out == DType::kFloat32,
+  REQUIRE(p.out == DType::kBFloat16 || p.out == DType::kFloat32,
           std::string("out has dtype ") + name(p.out) + "; allowed are bf16 and f32");
   if (p.lhs_shared) {
-    require(!is_grouped(p.kind), "lhs can be shared by batch entries only, not by ragged groups");
+    REQUIRE(!is_grouped(p.kind), "lhs can be shared by batch entries only, not by ragged groups");
   }
   if (p.kind == Kind::kGroupedWgrad) {
-    require(p.k % 128 == 0 && p.k / 128 >= p.groups, "the contraction is " + std::to_string(p.k) +
+    REQUIRE(p.k % 128 == 0 && p.k / 128 >= p.groups, "the contraction is " + std::to_string(p.k) +
                                                          " wide; it must be a multiple of 128 and "
                                                          "have 128 for each of the " +
                                                          std::to_string(p.groups) + " groups");
@@ -227,19 +231,19 @@ std::string gemm_config_name(Kind kind, int config) {
 
 LaunchPlan plan_gemm(const GemmProblem& p, int config, int num_sms, int device_sms) {
   check(p);
-  require(device_sms >= 1, "the device has " + std::to_string(device_sms) + " SMs");
-  require(num_sms >= 0, "num_sms is " + std::to_string(num_sms) + "; allowed is 0 (all) or more");
+  REQUIRE(device_sms >= 1, "the device has " + std::to_string(device_sms) + " SMs");
+  REQUIRE(num_sms >= 0, "num_sms is " + std::to_string(num_sms) + "; allowed is 0 (all) or more");
   const int sms = num_sms == 0 ? device_sms : std::min(num_sms, device_sms);
-  require(config >= -1 && config < num_gemm_configs(p.kind),
+  REQUIRE(config >= -1 && config < num_gemm_configs(p.kind),
           "config is " + std::to_string(config) + "; allowed is -1 (the heuristic) to " +
               std::to_string(num_gemm_configs(p.kind) - 1));
   const Config& c = config_of(p.kind, config == -1 ? choose_config(p, sms) : config);
   const int cluster = c.cluster_m * c.cluster_n;
-  require(cluster <= sms, "config " + std::to_string(config) + " runs in clusters of " +
+  REQUIRE(cluster <= sms, "config " + std::to_string(config) + " runs in clusters of " +
                               std::to_string(cluster) + " SMs; num_sms is " +
                               std::to_string(num_sms));
   const int64_t tiles = max_tiles(p, c);
-  require(tiles <= INT_MAX, "out has more than " + std::to_string(INT_MAX) + " tiles");
+  REQUIRE(tiles <= INT_MAX, "out has more than " + std::to_string(INT_MAX) + " tiles");
 
   const TileLayout layout = layout_of(c, p);
   const int clusters = static_cast<int>(std::min<int64_t>(sms / cluster, tiles));

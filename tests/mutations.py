@@ -342,7 +342,7 @@ def _(ptx):
 @planted("tiles", "the end of the tiles is not announced", "Deadlock")
 def _(ptx):
     sends = ptx.barrier("mail full", r"\bmbarrier\.arrive\.shared::cta\.b64\b", 2)
-    ptx.drop(next(i for i in sends if ptx.lines[i + 1 :] and _sends_end(ptx, i)))
+    ptx.drop(next(i for i in sends if _sends_end(ptx, i)))
 
 
 def _sends_end(ptx: Ptx, arrival: int) -> bool:
@@ -505,6 +505,23 @@ def _(ptx):
     if not wait < begin:
         raise NoMatch("the release does not follow the wait")
     ptx.move(range(wait, wait + 1), end + 1)
+
+
+@planted("two waves", "later blocks do not wait for their stage", "Race")
+def _(ptx):
+    ptx.pass_at_once(ptx.waits("full", 2)[1])
+
+
+@planted("two waves", "upper wave is promoted before its products are done", "RegisterInFlight")
+def _(ptx):
+    ptx.drop(ptx.all(WAIT_GROUP, least=3)[0])
+
+
+@planted("two waves", "stage released before the lower wave's products are done", "Race")
+def _(ptx):
+    release = ptx.one(RELEASE)
+    begin, end = ptx.before(release, r"bar\.warp\.sync"), ptx.after(release, r"^\$\w+:")
+    ptx.move(range(begin, end + 1), ptx.before(release, WAIT_GROUP))
 
 
 @planted("two sets", "producers keep their registers", "RegisterBudget")
@@ -989,10 +1006,15 @@ def _(ptx):
 
 
 def main():
-    width = max(len(m.name) for m in MUTATIONS)
-    for mutation in MUTATIONS:
-        print(f"{mutation.name:{width}}  {mutation.run:24}  {mutation.detector}")
-    print(f"{len(MUTATIONS)} faults")
+    from tests.test_mutations import run
+
+    rows = [(m.name, run(m.run).plan.kernel, m.detector) for m in MUTATIONS]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        )
+    print(f"{len(rows)} faults")
 
 
 if __name__ == "__main__":

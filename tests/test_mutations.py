@@ -218,6 +218,9 @@ RUNS = {
     "two sets": lambda: product(
         "gemm_1d2d", m=72, n=40, k=128 * 7 + 16, config="m128n128 cluster 1x1"
     ),
+    "two waves": lambda: product(
+        "gemm_1d2d", m=72, n=104, k=128 * 5 + 16, config="m128n96x2 cluster 1x1"
+    ),
     "column cluster": lambda: product(
         "gemm_1d2d", m=136, n=72, k=128 * 9, config="m128n128 cluster 2x1"
     ),

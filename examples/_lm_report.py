@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -274,7 +275,9 @@ def _plot(steps: list[int], histories: dict[str, History], summary: dict[str, An
     loss.legend()
     bf16, fp8 = (np.array(histories[n].validation_loss) for n in ("bf16", "fp8"))
     error.plot(steps, 100 * (fp8 - bf16) / bf16, color="tab:orange", marker="o")
-    error.axhspan(-0.25, 0.25, color="gray", alpha=0.2)
+    error.axhspan(-0.25, 0.25, color="gray", alpha=0.2, label="within 0.25 %")
+    error.legend()
+    error.xaxis.set_major_locator(MaxNLocator(integer=True))
     error.set_ylabel("FP8 against BF16 (%)")
     error.set_xlabel("step")
     return figure

@@ -1,8 +1,8 @@
 // The 1d2d products with bfloat16 output: gemm_1d2d.cuh.
 #include "gemm_1d2d.cuh"
 
-using jaxfp8::BlockScales;
 using jaxfp8::BF16;
+using jaxfp8::BlockScales;
 using jaxfp8::ptx::E4M3;
 using jaxfp8::ptx::E5M2;
 

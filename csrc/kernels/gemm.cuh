@@ -226,15 +226,6 @@ struct Consumer {
     ptx::pin_registers(acc);
   }
 
-  // Promotes under the products of another wave, which have been issued. In a basic block of its
-  // own, behind a condition that always holds and that the compiler cannot evaluate: ptxas takes
-  // the four wgmma of a wave for a chain of latencies and would put the promotion between the first
-  // and the second, so that the tensor cores start late.
-  __device__ __forceinline__ void promote_meanwhile(Sums& sum, const Sums& acc, float2 rows,
-                                                    const Columns& columns) const {
-    if (ptx::opaque(args.groups) > 0) Scales::promote(sum, acc, rows, columns);
-  }
-
   // This warp is done with stage `slot`, here and in the other CTAs of the cluster.
   __device__ __forceinline__ void release(int slot) {
     __syncwarp();
@@ -282,7 +273,7 @@ struct Consumer {
       const Columns next_columns = column_scales();
       issue(next, 0);
       stages.advance();
-      promote_meanwhile(sum, current, rows, columns);
+      Scales::promote(sum, current, rows, columns);
       if (Scales::kPromotionReadsStage) release(slot);
       finish(next);
       if (!Scales::kPromotionReadsStage) release(next_slot);
@@ -318,7 +309,7 @@ struct Consumer {
       const int slot = stages.slot;
       const float2 lower_rows = row_scales(1);
       issue(lower, 1);
-      promote_meanwhile(sum[0], upper, upper_rows, columns);
+      Scales::promote(sum[0], upper, upper_rows, columns);
       finish(lower);
       release(slot);
       stages.advance();
@@ -329,7 +320,7 @@ struct Consumer {
       stages.wait_full();
       upper_rows = row_scales(0);
       issue(upper, 0);
-      promote_meanwhile(sum[1], lower, lower_rows, columns);
+      Scales::promote(sum[1], lower, lower_rows, columns);
       columns = column_scales();
       finish(upper);
     }

@@ -39,11 +39,4 @@ __device__ __forceinline__ void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// mov: `x`, but the compiler does not know so.
-__device__ __forceinline__ int32_t opaque(int32_t x) {
-  int32_t same;
-  asm volatile("mov.b32 %0, %1;" : "=r"(same) : "r"(x));
-  return same;
-}
-
 }  // namespace jaxfp8::ptx

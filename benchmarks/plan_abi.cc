@@ -56,13 +56,12 @@ extern "C" int plan_gemm_json(int kind, const int64_t* sizes, const int* dtypes,
     for (const auto& arg : plan.args) {
       args += (args.empty() ? "" : ", ") + std::visit(ToJson{}, arg);
     }
-    const std::string json = "{\"image\": " + quoted(plan.image) +
-                             ", \"kernel\": " + quoted(plan.kernel) +
-                             ", \"grid\": " + std::to_string(plan.grid.x) +
-                             ", \"block\": " + std::to_string(plan.block.x) +
-                             ", \"cluster\": " + std::to_string(plan.cluster.x) +
-                             ", \"smem\": " + std::to_string(plan.dynamic_smem) +
-                             ", \"args\": [" + args + "]}";
+    const std::string json =
+        "{\"image\": " + quoted(plan.image) + ", \"kernel\": " + quoted(plan.kernel) +
+        ", \"grid\": " + std::to_string(plan.grid.x) +
+        ", \"block\": " + std::to_string(plan.block.x) +
+        ", \"cluster\": " + std::to_string(plan.cluster.x) +
+        ", \"smem\": " + std::to_string(plan.dynamic_smem) + ", \"args\": [" + args + "]}";
     std::snprintf(out, out_size, "%s", json.c_str());
     return 0;
   } catch (const std::exception& error) {

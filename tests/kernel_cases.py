@@ -46,11 +46,8 @@ def gemm(shape, *, square=True, out_dtype=jnp.bfloat16, dtypes=(E4M3, E4M3), acc
     rhs = quantized(n + 1, n, k, block=(128, 128) if square else (1, 128), dtype=dtypes[1])
     c = normal(k, m, n, dtype=out_dtype) * 10 if accum else None
 
-    def run():
-        f = functools.partial(jaxfp8.gemm, out_dtype=out_dtype)
-        return {"out": jax.jit(f)(lhs, rhs, accum=c)}
-
-    return run
+    f = jax.jit(functools.partial(jaxfp8.gemm, out_dtype=out_dtype))
+    return lambda: {"out": f(lhs, rhs, accum=c)}
 
 
 def batched(groups, shape, *, shared=False, square=True, out_dtype=jnp.bfloat16):
@@ -58,12 +55,9 @@ def batched(groups, shape, *, shared=False, square=True, out_dtype=jnp.bfloat16)
     m, n, k = shape
     rhs = quantized(1, groups, n, k, block=(128, 128) if square else (1, 128))
     lhs = quantized(0, m, k) if shared else quantized(0, groups, m, k)
-    f = functools.partial(jaxfp8.gemm, out_dtype=out_dtype)
-
-    def run():
-        return {"out": jax.jit(jax.vmap(f, (None, 0)) if shared else f)(lhs, rhs)}
-
-    return run
+    product = functools.partial(jaxfp8.gemm, out_dtype=out_dtype)
+    f = jax.jit(jax.vmap(product, (None, 0)) if shared else product)
+    return lambda: {"out": f(lhs, rhs)}
 
 
 # --- groups ---------------------------------------------------------------------------------------
@@ -89,16 +83,16 @@ def grouped(groups, n=136, k=200, *, out_dtype=jnp.bfloat16):
     m, sizes = GROUPS[groups]
     lhs, rhs = quantized(0, m, k), quantized(1, len(sizes), n, k, block=(128, 128))
     sizes = jnp.asarray(sizes, jnp.int32)
-    f = functools.partial(jaxfp8.grouped_gemm, out_dtype=out_dtype)
-    return lambda: {"out": jax.jit(f)(lhs, rhs, sizes)}
+    f = jax.jit(functools.partial(jaxfp8.grouped_gemm, out_dtype=out_dtype))
+    return lambda: {"out": f(lhs, rhs, sizes)}
 
 
 def masked(m, sizes, n=136, k=200, *, out_dtype=jnp.bfloat16):
     groups = len(sizes)
     lhs, rhs = quantized(0, groups, m, k), quantized(1, groups, n, k, block=(128, 128))
     sizes = jnp.asarray(sizes, jnp.int32)
-    f = functools.partial(jaxfp8.masked_grouped_gemm, out_dtype=out_dtype)
-    return lambda: {"out": jax.jit(f)(lhs, rhs, sizes)}
+    f = jax.jit(functools.partial(jaxfp8.masked_grouped_gemm, out_dtype=out_dtype))
+    return lambda: {"out": f(lhs, rhs, sizes)}
 
 
 def grouped_wgrad(groups, n=136, k=72, *, out_dtype=jnp.float32, accum=False):
@@ -109,8 +103,8 @@ def grouped_wgrad(groups, n=136, k=72, *, out_dtype=jnp.float32, accum=False):
         for i, width in enumerate((n, k))
     ]
     c = normal(2, len(sizes), n, k, dtype=out_dtype) * 10 if accum else None
-    f = functools.partial(jaxfp8.grouped_wgrad_gemm, out_dtype=out_dtype)
-    return lambda: {"out": jax.jit(f)(*columns, sizes, accum=c)}
+    f = jax.jit(functools.partial(jaxfp8.grouped_wgrad_gemm, out_dtype=out_dtype))
+    return lambda: {"out": f(*columns, sizes, accum=c)}
 
 
 # --- quantizers -----------------------------------------------------------------------------------
@@ -149,13 +143,15 @@ def quantizer(kind, shape, *, input_dtype=np.float32, dtype=E4M3, scale_format="
         "both": lambda x: jaxfp8.quantize_both(x, recipe=recipe),
         "weight": lambda x: jaxfp8.quantize_weight(x, recipe=recipe),
     }
-    return lambda: jax.jit(lambda x: _arrays(*functions[kind](x)))(x)
+    f = jax.jit(lambda x: _arrays(*functions[kind](x)))
+    return lambda: f(x)
 
 
 def ragged_quantizer(groups, k=200, *, input_dtype=jnp.bfloat16):
     m, sizes = GROUPS[groups]
     x, sizes = awkward(m, m, k, dtype=input_dtype), jnp.asarray(sizes, jnp.int32)
-    return lambda: jax.jit(lambda x, s: _arrays(*jaxfp8.quantize_both(x, group_sizes=s)))(x, sizes)
+    f = jax.jit(lambda x, sizes: _arrays(*jaxfp8.quantize_both(x, group_sizes=sizes)))
+    return lambda: f(x, sizes)
 
 
 # --- whole operations -----------------------------------------------------------------------------
@@ -169,12 +165,13 @@ def train_linear(shape, recipe=None, dtype=np.float32):
         normal(2, t, n, dtype=dtype),
     )
 
+    @jax.jit
     def run(x, w, dy):
         y, pull = jax.vjp(lambda x, w: jaxfp8.linear(x, w, recipe=recipe), x, w)
         dx, dw = pull(dy)
         return {"y": y, "dx": dx, "dw": dw}
 
-    return lambda: jax.jit(run)(x, w, dy)
+    return lambda: run(x, w, dy)
 
 
 def train_ragged_dot(groups, k=200, n=136, dtype=np.float32):
@@ -182,9 +179,10 @@ def train_ragged_dot(groups, k=200, n=136, dtype=np.float32):
     sizes = jnp.asarray(sizes, jnp.int32)
     x, w, dy = normal(0, m, k), normal(1, len(sizes), k, n), normal(2, m, n)
 
+    @jax.jit
     def run(x, w, dy):
         y, pull = jax.vjp(lambda x, w: jaxfp8.ragged_dot(x, w, sizes), x, w)
         dx, dw = pull(dy)
         return {"y": y, "dx": dx, "dw": dw}
 
-    return lambda: jax.jit(run)(*(v.astype(dtype) for v in (x, w, dy)))
+    return lambda: run(*(v.astype(dtype) for v in (x, w, dy)))

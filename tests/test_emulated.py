@@ -28,8 +28,8 @@ BOTH = [jnp.bfloat16, jnp.float32]
 def emulate(run, seeds=SEEDS, num_sms=2):
     """What `run` gives on the emulated platform, the same bits under every schedule."""
     results = []
-    for seed in seeds:
-        with emulated_platform(seed=seed, num_sms=num_sms):
+    with emulated_platform(num_sms=num_sms) as driver:
+        for driver.seed in seeds:
             results.append({name: np.asarray(v) for name, v in run().items()})
     for other in results[1:]:
         for name, v in results[0].items():

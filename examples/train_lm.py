@@ -264,20 +264,29 @@ BALANCE_WEIGHT = 0.01
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A model and how it is trained by default. `sequence` is the bytes a window predicts."""
+    """A model and how it is trained by default.
+
+    `sequence` is the bytes a window predicts. A mixture of experts takes `moe_steps`: on a CPU
+    jax.lax.ragged_dot multiplies every row by every expert.
+    """
 
     model: Model
     sequence: int
     batch: int
     steps: int
+    moe_steps: int
     learning_rate: float
 
 
 SIZES = {
-    "tiny": Size(Model(layers=2, width=128, heads=2, feed_forward=256), 64, 4, 60, 3e-3),
-    "small": Size(Model(layers=2, width=256, heads=4, feed_forward=512), 128, 8, 320, 3e-4),
-    "medium": Size(Model(layers=8, width=512, heads=8, feed_forward=1536), 512, 32, 2000, 1e-3),
-    "large": Size(Model(layers=16, width=1024, heads=16, feed_forward=3072), 1024, 32, 5000, 6e-4),
+    "tiny": Size(Model(layers=2, width=128, heads=2, feed_forward=256), 64, 4, 60, 60, 3e-3),
+    "small": Size(Model(layers=2, width=256, heads=4, feed_forward=512), 128, 8, 320, 208, 3e-4),
+    "medium": Size(
+        Model(layers=8, width=512, heads=8, feed_forward=1536), 512, 32, 2000, 2000, 1e-3
+    ),
+    "large": Size(
+        Model(layers=16, width=1024, heads=16, feed_forward=3072), 1024, 32, 5000, 5000, 6e-4
+    ),
 }
 
 
@@ -348,7 +357,8 @@ class Run:
         self.model = settings.model
         self.optimizer = optimizer_of(settings)
         params = init(self.model, jax.random.key(settings.seed))
-        self.state = params, self.optimizer.init(params)
+        # Placed explicitly, as a restored state is: a resumed run is the same program.
+        self.state = jax.device_put((params, self.optimizer.init(params)), jax.devices()[0])
         self.history = report.History()
 
     def gradients(self, params: Params, windows: Array) -> tuple[Array, Params]:
@@ -655,7 +665,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Settings, dict[str, 
     settings = Settings(
         size=args.size,
         moe=args.moe,
-        steps=args.steps or size.steps,
+        steps=args.steps or (size.moe_steps if args.moe else size.steps),
         batch=args.batch or size.batch,
         learning_rate=args.learning_rate or size.learning_rate,
         evaluations=args.evaluations,

@@ -23,12 +23,12 @@ import _lm_data as data  # noqa: E402
 import _lm_report as report  # noqa: E402
 import train_lm  # noqa: E402
 
-TINY = ["--tiny", "--steps=12", "--evaluations=4", "--validation-windows=8"]
+TINY = ["--tiny", "--steps=8", "--evaluations=4", "--validation-windows=8"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compilation(tmp_path_factory):
-    """Most of these tests' time is XLA's: compile each program once, with little optimization."""
+def compiled_once(tmp_path_factory):
+    """Most of the time is XLA's: few optimizations, and a resumed run finds its programs."""
     values = {
         "jax_disable_most_optimizations": True,
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
@@ -44,17 +44,41 @@ def quick_compilation(tmp_path_factory):
     compilation_cache.reset_cache()
 
 
+@pytest.fixture(scope="module")
+def corpus():
+    return data.standard_library()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def corpus_read_once(corpus):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_lm.data, "standard_library", lambda: corpus)
+        yield
+
+
 def read(out: pathlib.Path, name: str):
     return json.loads((out / name).read_text())
 
 
-@pytest.fixture(scope="module", params=["dense", "moe"])
-def finished(request, tmp_path_factory):
+def finish(out: pathlib.Path, flags: list[str]) -> tuple[pathlib.Path, list[str]]:
     """The output directory of a whole run, and its flags."""
-    out = tmp_path_factory.mktemp(request.param)
-    flags = [*TINY, *(["--moe"] if request.param == "moe" else [])]
     train_lm.main([*flags, "--out", str(out)])
     return out, flags
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return finish(tmp_path_factory.mktemp("dense"), TINY)
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory):
+    return finish(tmp_path_factory.mktemp("moe"), [*TINY, "--moe"])
+
+
+@pytest.fixture(params=["dense", "moe"])
+def finished(request):
+    return request.getfixturevalue(request.param)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -67,12 +91,12 @@ def test_a_run_writes_plot_curves_summary_and_sample(finished):
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "sample.txt").read_text().startswith("import ")
     curves = read(out, "curves.json")
-    assert curves["evaluation_steps"] == [3, 6, 9, 12]
+    assert curves["evaluation_steps"] == [2, 4, 6, 8]
     for name in ("bf16", "fp8"):
-        assert len(curves[name]["train_loss"]) == 12
+        assert len(curves[name]["train_loss"]) == 8
         assert len(curves[name]["validation_loss"]) == 4
         assert np.isfinite(curves[name]["train_loss"] + curves[name]["validation_loss"]).all()
-        assert curves[name]["tokens"] == 12 * 4 * 64
+        assert curves[name]["tokens"] == 8 * 4 * 64
 
 
 def test_the_loss_falls_in_both_precisions(finished):
@@ -80,7 +104,7 @@ def test_the_loss_falls_in_both_precisions(finished):
     for name in ("bf16", "fp8"):
         uniform = np.log(256)
         assert abs(curves[name]["train_loss"][0] - uniform) < 0.5
-        assert curves[name]["validation_loss"][-1] < 0.7 * uniform
+        assert curves[name]["validation_loss"][-1] < 0.8 * uniform
 
 
 def test_both_precisions_start_alike_and_fp8_is_really_another_computation(finished):
@@ -112,14 +136,13 @@ def test_the_layers_products_run_in_fp8_and_the_others_in_high_precision(finishe
             assert product["count"] == 2 * 3  # layers x (forward, dgrad, wgrad)
 
 
-def test_a_resumed_run_continues_the_identical_curve(finished, tmp_path):
-    out, flags = finished
-    # After step 7: between evaluations.
+def check_resuming(out: pathlib.Path, flags: list[str], tmp_path: pathlib.Path) -> None:
+    """A run that stops between evaluations and resumes has the curves and the text of `out`."""
     flags = [*flags, "--out", str(tmp_path / "out"), "--checkpoint", str(tmp_path / "checkpoint")]
-    train_lm.main([*flags, "--stop-after=7"])
+    train_lm.main([*flags, "--stop-after=5"])
     assert not (tmp_path / "out" / "summary.json").exists()
 
-    with pytest.raises(SystemExit, match="already has a checkpoint of step 7.*--resume"):
+    with pytest.raises(SystemExit, match="already has a checkpoint of step 5.*--resume"):
         train_lm.main(flags)
     with pytest.raises(SystemExit, match=r"other settings: seed was 0 and is 1"):
         train_lm.main([*flags, "--resume", "--seed=1"])
@@ -130,6 +153,15 @@ def test_a_resumed_run_continues_the_identical_curve(finished, tmp_path):
         assert resumed[name]["train_loss"] == whole[name]["train_loss"]
         assert resumed[name]["validation_loss"] == whole[name]["validation_loss"]
     assert (tmp_path / "out" / "sample.txt").read_text() == (out / "sample.txt").read_text()
+
+
+def test_a_resumed_run_continues_the_identical_curve(dense, tmp_path):
+    check_resuming(*dense, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_resumed_mixture_of_experts_continues_the_identical_curve(moe, tmp_path):
+    check_resuming(*moe, tmp_path)
 
 
 def test_resuming_without_a_checkpoint_says_so(tmp_path):
@@ -212,8 +244,11 @@ def test_the_bf16_model_has_no_fp8_product_and_rounds_operands_to_bfloat16():
 # ------------------------------------------------------------------------------------------------
 
 
-def test_the_corpus_is_deterministic_and_its_sides_share_no_file():
-    first, second = data.standard_library(), data.standard_library()
+READ_CORPUS = data.standard_library
+
+
+def test_the_corpus_is_deterministic_and_its_sides_share_no_file(corpus):
+    first, second = corpus, READ_CORPUS()
     assert first.checksum == second.checksum
     train, validation = (
         set(side.tobytes().split(data.SEPARATOR)[1:]) for side in (first.train, first.validation)

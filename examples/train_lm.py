@@ -584,7 +584,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Settings, dict[str, 
         epilog="Sizes: "
         + "; ".join(
             f"{name}: {s.model.layers} layers of {s.model.width}, "
-            f"{s.steps} steps of {s.batch} x {s.sequence} bytes"
+            f"{s.steps} steps ({s.moe_steps} with --moe) of {s.batch} x {s.sequence} bytes"
             for name, s in SIZES.items()
         )
         + ". The medium and large models want a GPU.",

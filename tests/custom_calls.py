@@ -1,0 +1,311 @@
+"""Random valid calls of every custom-call target, with the results that they must give.
+
+For what calls the handlers without JAX: the soak, the schedules, the group sizes that lie. A draw
+takes a NumPy generator; the oracles share no code with the library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from jaxfp8 import _C
+from tests import ffi_frames, oracle
+from tests import oracle_quantize as oq
+
+BF16, F16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32)
+E4M3, E5M2 = oq.E4M3, oq.E5M2
+NAMES = {
+    BF16: "bf16", F16: "f16", F32: "f32", E4M3: "f8e4m3fn", E5M2: "f8e5m2",
+    np.dtype(np.int32): "s32",
+}  # fmt: skip
+# float32 results against float64, norm-wise; bfloat16: neighbours on both sides of a rounding.
+TOLERANCE = {F32: 1e-6, BF16: 2**-8}
+
+
+class Quantized(NamedTuple):
+    """An operand of a product: data (..., M, K), scale per `block`."""
+
+    data: np.ndarray
+    scale: np.ndarray
+    block: tuple[int, int]
+
+
+@dataclass
+class Array:
+    """An array of a call: its logical sizes, and its bytes as they lie in memory."""
+
+    memory: np.ndarray
+    dims: tuple[int, ...]
+
+    def buffer(self) -> ffi_frames.Buffer:
+        return ffi_frames.Buffer(NAMES[self.memory.dtype], self.memory.ctypes.data, self.dims)
+
+
+@dataclass
+class Call:
+    """A valid call. `check(results)` compares the results, as they lie in memory, with the oracle's."""
+
+    target: str
+    operands: list[Array]
+    results: list[tuple[np.dtype, tuple[int, ...]]]
+    attributes: dict[str, bool | int]
+    check: Callable[[list[np.ndarray]], None]
+    accum: np.ndarray | None = None
+    text: str = ""
+    _keep: list[np.ndarray] = field(default_factory=list)
+
+    def __str__(self):
+        shapes = [f"{NAMES[a.memory.dtype]}{list(a.dims)}" for a in self.operands]
+        return f"{self.target}({', '.join(shapes)}, {self.attributes}) {self.text}"
+
+    def run(self) -> list[np.ndarray]:
+        """The results that the emulated platform gives, uint8, as they lie in memory.
+
+        Raises:
+            RuntimeError: the handler's error.
+        """
+        results = [Array(aligned(np.zeros(dims, dtype)), dims) for dtype, dims in self.results]
+        operands = list(self.operands)
+        if self.accum is not None:
+            results[0].memory[...] = self.accum
+            operands.append(results[0])
+        attributes = {
+            name: ffi_frames.scalar("pred" if isinstance(value, bool) else "s32", value)
+            for name, value in self.attributes.items()
+        }
+        frame = ffi_frames.Frame(
+            [a.buffer() for a in operands], [a.buffer() for a in results], attributes
+        )
+        error = frame.call(self.target)
+        if error is not None:
+            raise RuntimeError(f"{self}: {error.message}")
+        return [a.memory for a in results]
+
+
+def aligned(array: np.ndarray) -> np.ndarray:
+    """A copy at a multiple of 128 bytes, as XLA and CUDA allocate."""
+    space = np.empty(array.nbytes + 128, np.uint8)
+    start = -space.ctypes.data % 128
+    copy = space[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def _array(values: np.ndarray, dims=None) -> Array:
+    return Array(aligned(np.ascontiguousarray(values)), dims or values.shape)
+
+
+def _row_scale(scale: np.ndarray) -> Array:
+    return Array(aligned(oq.m_major(scale)), scale.shape)
+
+
+def _cdiv(a, b):
+    return -(-a // b)
+
+
+# --- random pieces --------------------------------------------------------------------------------
+
+
+def size(rng, most: int) -> int:
+    """1 to `most`, often around a multiple of a block."""
+    if rng.random() < 0.5:
+        return int(rng.integers(1, most + 1))
+    edge = int(rng.choice([16, 32, 64, 128, 192, 256, 384])) + int(rng.integers(-1, 2))
+    return min(edge, most)
+
+
+def group_sizes(rng, groups: int, rows: int) -> np.ndarray:
+    """Sizes that fit, that do not, that are negative, that overflow."""
+    kind = rng.integers(0, 5)
+    if kind == 0:
+        return rng.multinomial(rows, rng.dirichlet(np.full(groups, 0.5))).astype(np.int32)
+    if kind == 1:
+        return rng.integers(0, max(2, 2 * rows // groups), groups, dtype=np.int32)
+    if kind == 2:
+        return rng.integers(-rows - 1, rows + 1, groups, dtype=np.int32)
+    if kind == 3:
+        return rng.integers(-(2**31), 2**31, groups).astype(np.int32)
+    edges = [-(2**31), 2**31 - 1, 2**30, -1, 0, 1, 127, 128, 129, rows, rows + 1, 2**31 - 128]
+    return rng.choice(edges, groups).astype(np.int32)
+
+
+def _floats(rng, shape, dtype) -> np.ndarray:
+    x = rng.standard_normal(shape) * 10.0 ** rng.integers(-12, 4, (*shape[:-1], 1))
+    x = np.where(rng.random(shape) < 0.05, rng.choice([0.0, -0.0, 1e-39], shape), x)
+    if rng.random() < 0.3:
+        bad = rng.random(shape) < 2 / x.size
+        x = np.where(bad, rng.choice([np.nan, np.inf, -np.inf], shape), x)
+    with np.errstate(over="ignore"):
+        return x.astype(np.float32).astype(dtype)
+
+
+def _quantized(rng, shape, block=(1, 128), dtype=E4M3) -> Quantized:
+    x = rng.standard_normal(shape).astype(np.float32)
+    return Quantized(*oq.quantize_blocks(x, block, dtype), block)
+
+
+def _types(rng, outer: bool):
+    lhs = E5M2 if rng.random() < 0.3 else E4M3
+    rhs = E5M2 if outer and lhs == E4M3 and rng.random() < 0.3 else E4M3
+    return lhs, rhs, (BF16, F32)[rng.integers(2)]
+
+
+# --- quantizers -----------------------------------------------------------------------------------
+
+
+def _quantize(kind: str) -> Callable:
+    ragged = kind.startswith("ragged")
+    target = f"jaxfp8_quantize_{kind}_v1"
+
+    def draw(rng, sizes=None) -> Call:
+        source, dtype = (BF16, F16, F32)[rng.integers(3)], (E4M3, E5M2)[rng.integers(2)]
+        pow2 = bool(rng.integers(2))
+        g, m, k = int(rng.integers(1, 4)), size(rng, 400), size(rng, 300)
+        x = _floats(rng, (m, k) if ragged or kind == "rows" else (g, m, k), source)
+        operands = [_array(x)]
+        if ragged:
+            if sizes is None:
+                sizes = group_sizes(rng, int(rng.integers(1, 40)), m)
+            operands.append(_array(sizes))
+        # data and scale as they lie in memory, with the logical sizes
+        want: list[tuple[np.ndarray, tuple[int, ...]]] = []
+        if kind in ("blocks", "weight"):
+            outputs = oq.quantize_weight(x, dtype, pow2)[: 3 if kind == "weight" else 2]
+            want += [(a, a.shape) for a in outputs]
+        if kind in ("rows", "both", "ragged_both"):
+            data, scale = oq.quantize_blocks(x, (1, 128), dtype, pow2)
+            want += [(data, data.shape), (oq.m_major(scale), scale.shape)]
+        if kind in ("columns", "both"):
+            data, scale = oq.quantize_columns(x, dtype, pow2)
+            want += [(data, data.shape), (oq.m_major(scale), scale.shape)]
+        if ragged:
+            data, scale = oq.ragged_columns(x, sizes, dtype, pow2)
+            want += [(data, data.shape), (oq.m_major(scale), scale.shape)]
+
+        def check(results):
+            for i, (got, (array, _)) in enumerate(zip(results, want, strict=True)):
+                got, array = (v.reshape(-1).view(np.uint8) for v in (got, array))
+                wrong = np.flatnonzero(got != array)
+                assert not wrong.size, f"result {i}: {wrong.size} bytes, the first {wrong[0]}"
+
+        return Call(
+            target,
+            operands,
+            [(a.dtype, dims) for a, dims in want],
+            {"pow2": pow2},
+            check,
+            text=f"group sizes {sizes.tolist()}" if ragged else "",
+        )
+
+    return draw
+
+
+# --- products -------------------------------------------------------------------------------------
+
+
+def _finish(rng, name, operands, out, dims, want, accumulate, config, text="") -> Call:
+    target = f"jaxfp8_{name}{'_accum' if accumulate else ''}_v1"
+    accum = None
+    if accumulate:
+        accum = (rng.standard_normal(dims) * 10).astype(np.float32).astype(out)
+        want = want + accum.astype(np.float64)
+    configs = _C.configs(target)
+    if config is None:
+        config = int(rng.integers(-1, len(configs)))
+
+    def check(results):
+        (got,) = results
+        oracle.assert_close(got, want, TOLERANCE[out])
+        assert not got[~want.any(-1)].any(), "a row that must be zero is not"
+
+    return Call(
+        target, operands, [(out, dims)], {"config": config, "num_sms": 0}, check, accum, text
+    )
+
+
+def _operands(lhs: Quantized, rhs: Quantized) -> list[Array]:
+    rhs_scale = _row_scale if rhs.block[0] == 1 else _array
+    return [_array(lhs.data), _row_scale(lhs.scale), _array(rhs.data), rhs_scale(rhs.scale)]
+
+
+def _dims(rng):
+    return size(rng, 260), size(rng, 260), 16 * int(rng.integers(1, 25))
+
+
+def _dense(name: str, accumulate: bool) -> Callable:
+    outer = name == "gemm_1d1d"
+
+    def draw(rng, config=None) -> Call:
+        lhs_type, rhs_type, out = _types(rng, outer)
+        (m, n, k), g = _dims(rng), int(rng.integers(1, 4))
+        lhs = _quantized(rng, (1 if rng.integers(2) else g, m, k), dtype=lhs_type)
+        rhs = _quantized(rng, (g, n, k), (1, 128) if outer else (128, 128), rhs_type)
+        want = oracle.gemm(lhs, rhs)
+        return _finish(rng, name, _operands(lhs, rhs), out, (g, m, n), want, accumulate, config)
+
+    return draw
+
+
+def _grouped(name: str, accumulate: bool) -> Callable:
+    masked = name == "masked_grouped_gemm"
+
+    def draw(rng, sizes=None, config=None) -> Call:
+        lhs_type, rhs_type, out = _types(rng, False)
+        m, n, k = _dims(rng)
+        if sizes is None:
+            g = int(rng.integers(1, 4 if masked else 40))
+            sizes = group_sizes(rng, g, m)
+        g = len(sizes)
+        lhs = _quantized(rng, (g, m, k) if masked else (m, k), dtype=lhs_type)
+        n, k = (min(n, 140), min(k, 256)) if g > 4 else (n, k)
+        lhs = _quantized(rng, (*lhs.data.shape[:-1], k), dtype=lhs_type)
+        rhs = _quantized(rng, (g, n, k), (128, 128), rhs_type)
+        product = oracle.masked_grouped_gemm if masked else oracle.grouped_gemm
+        want = product(lhs, rhs, sizes)
+        operands = [*_operands(lhs, rhs), _array(sizes)]
+        text = f"group sizes {sizes.tolist()}"
+        return _finish(rng, name, operands, out, want.shape, want, accumulate, config, text)
+
+    return draw
+
+
+def _grouped_wgrad(accumulate: bool) -> Callable:
+    def draw(rng, sizes=None, config=None) -> Call:
+        lhs_type, rhs_type, out = _types(rng, True)
+        m, n, k = size(rng, 300), size(rng, 200), size(rng, 200)
+        if sizes is None:
+            sizes = group_sizes(rng, int(rng.integers(1, 9)), m)
+        operands = []
+        for width, dtype in ((n, lhs_type), (k, rhs_type)):
+            x = rng.standard_normal((m, width)).astype(np.float32)
+            operands.append(Quantized(*oq.ragged_columns(x, sizes, dtype), (1, 128)))
+        want = oracle.grouped_wgrad_gemm(*operands, sizes, m)
+        arrays = [*_operands(*operands), _array(sizes)]
+        text = f"{m} tokens, group sizes {sizes.tolist()}"
+        return _finish(
+            rng, "grouped_wgrad_gemm", arrays, out, want.shape, want, accumulate, config, text
+        )
+
+    return draw
+
+
+QUANTIZERS = (
+    "rows", "columns", "both", "blocks", "weight", "ragged_columns", "ragged_both",
+)  # fmt: skip
+# target -> draw(rng)
+DRAWS: dict[str, Callable[..., Call]] = {
+    f"jaxfp8_quantize_{kind}_v1": _quantize(kind) for kind in QUANTIZERS
+}
+for _accumulate, _suffix in ((False, "_v1"), (True, "_accum_v1")):
+    for _name in ("gemm_1d2d", "gemm_1d1d"):
+        DRAWS[f"jaxfp8_{_name}{_suffix}"] = _dense(_name, _accumulate)
+    for _name in ("grouped_gemm", "masked_grouped_gemm"):
+        DRAWS[f"jaxfp8_{_name}{_suffix}"] = _grouped(_name, _accumulate)
+    DRAWS[f"jaxfp8_grouped_wgrad_gemm{_suffix}"] = _grouped_wgrad(_accumulate)
+# Those that take group sizes, as draw(rng, sizes=...)
+GROUPED = tuple(name for name in DRAWS if "grouped" in name or "ragged" in name)

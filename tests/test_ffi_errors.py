@@ -1,7 +1,7 @@
 """The border of the native side: every call that breaks the contract is refused, by name.
 
-The contract is docs/architecture.md, written down once more in `CONTRACT`, by symbols. Each rule of
-each array of each target is broken alone.
+The contract is docs/architecture.md, written down once more in `contract.py`. Each rule of each array
+of each target is broken alone; test_border_fuzz.py breaks them at random.
 """
 
 import re
@@ -12,16 +12,9 @@ import numpy as np
 import pytest
 
 from jaxfp8 import _C, _ffi
+from tests.contract import ALLOWED, CONTRACT, F32, FLOAT, FP8, OUT, S32
 from tests.emulator.driver import EmulatedDriver
 
-FP8, FLOAT, F32, S32, OUT = "fp8", "float", "f32", "s32", "out"
-ALLOWED = {
-    FP8: {"f8e4m3fn", "f8e5m2"},
-    FLOAT: {"bf16", "f16", "f32"},
-    F32: {"f32"},
-    S32: {"s32"},
-    OUT: {"bf16", "f32"},
-}
 DTYPES = {
     "f8e4m3fn": jnp.float8_e4m3fn,
     "f8e5m2": jnp.float8_e5m2,
@@ -32,95 +25,6 @@ DTYPES = {
     "u8": jnp.uint8,
 }
 
-# target: (operands, results), each "name": (types, axes)
-CONTRACT = {
-    "quantize_rows": (
-        {"x": (FLOAT, "M K")},
-        {"data": (FP8, "M K"), "scale": (F32, "M KB")},
-    ),
-    "quantize_columns": (
-        {"x": (FLOAT, "G M K")},
-        {"data": (FP8, "G K M"), "scale": (F32, "G K MB")},
-    ),
-    "quantize_both": (
-        {"x": (FLOAT, "G M K")},
-        {
-            "row_data": (FP8, "G M K"),
-            "row_scale": (F32, "G M KB"),
-            "column_data": (FP8, "G K M"),
-            "column_scale": (F32, "G K MB"),
-        },
-    ),
-    "quantize_blocks": (
-        {"x": (FLOAT, "G M K")},
-        {"data": (FP8, "G M K"), "scale": (F32, "G MB KB")},
-    ),
-    "quantize_weight": (
-        {"w": (FLOAT, "G K N")},
-        {"data_nn": (FP8, "G K N"), "scale": (F32, "G KB NB"), "data_nt": (FP8, "G N K")},
-    ),
-    "quantize_ragged_columns": (
-        {"x": (FLOAT, "M K"), "group_sizes": (S32, "G")},
-        {"data": (FP8, "K T"), "scale": (F32, "K TB")},
-    ),
-    "quantize_ragged_both": (
-        {"x": (FLOAT, "M K"), "group_sizes": (S32, "G")},
-        {
-            "row_data": (FP8, "M K"),
-            "row_scale": (F32, "M KB"),
-            "column_data": (FP8, "K T"),
-            "column_scale": (F32, "K TB"),
-        },
-    ),
-    "gemm_1d2d": (
-        {
-            "lhs": (FP8, "G M K"),
-            "lhs_scale": (F32, "G M KB"),
-            "rhs": (FP8, "G N K"),
-            "rhs_scale": (F32, "G NB KB"),
-        },
-        {"out": (OUT, "G M N")},
-    ),
-    "gemm_1d1d": (
-        {
-            "lhs": (FP8, "G M K"),
-            "lhs_scale": (F32, "G M KB"),
-            "rhs": (FP8, "G N K"),
-            "rhs_scale": (F32, "G N KB"),
-        },
-        {"out": (OUT, "G M N")},
-    ),
-    "grouped_gemm": (
-        {
-            "lhs": (FP8, "M K"),
-            "lhs_scale": (F32, "M KB"),
-            "rhs": (FP8, "G N K"),
-            "rhs_scale": (F32, "G NB KB"),
-            "group_sizes": (S32, "G"),
-        },
-        {"out": (OUT, "M N")},
-    ),
-    "masked_grouped_gemm": (
-        {
-            "lhs": (FP8, "G M K"),
-            "lhs_scale": (F32, "G M KB"),
-            "rhs": (FP8, "G N K"),
-            "rhs_scale": (F32, "G NB KB"),
-            "masked_m": (S32, "G"),
-        },
-        {"out": (OUT, "G M N")},
-    ),
-    "grouped_wgrad_gemm": (
-        {
-            "lhs": (FP8, "N T"),
-            "lhs_scale": (F32, "N TB"),
-            "rhs": (FP8, "K T"),
-            "rhs_scale": (F32, "K TB"),
-            "group_sizes": (S32, "G"),
-        },
-        {"out": (OUT, "G N K")},
-    ),
-}
 PRODUCTS = [name for name in CONTRACT if "gemm" in name]
 SIZES = {"G": 3, "M": 144, "N": 160, "K": 272, "MB": 2, "NB": 2, "KB": 3, "T": 640, "TB": 5}
 M_MAJOR = {"lhs_scale", "row_scale", "column_scale"}

@@ -1,0 +1,100 @@
+"""The custom calls of docs/architecture.md once more, by symbols: what tests hold the handlers to."""
+
+FP8, FLOAT, F32, S32, OUT = "fp8", "float", "f32", "s32", "out"
+ALLOWED = {
+    FP8: {"f8e4m3fn", "f8e5m2"},
+    FLOAT: {"bf16", "f16", "f32"},
+    F32: {"f32"},
+    S32: {"s32"},
+    OUT: {"bf16", "f32"},
+}
+
+# target: (operands, results), each "name": (types, axes)
+CONTRACT = {
+    "quantize_rows": (
+        {"x": (FLOAT, "M K")},
+        {"data": (FP8, "M K"), "scale": (F32, "M KB")},
+    ),
+    "quantize_columns": (
+        {"x": (FLOAT, "G M K")},
+        {"data": (FP8, "G K M"), "scale": (F32, "G K MB")},
+    ),
+    "quantize_both": (
+        {"x": (FLOAT, "G M K")},
+        {
+            "row_data": (FP8, "G M K"),
+            "row_scale": (F32, "G M KB"),
+            "column_data": (FP8, "G K M"),
+            "column_scale": (F32, "G K MB"),
+        },
+    ),
+    "quantize_blocks": (
+        {"x": (FLOAT, "G M K")},
+        {"data": (FP8, "G M K"), "scale": (F32, "G MB KB")},
+    ),
+    "quantize_weight": (
+        {"w": (FLOAT, "G K N")},
+        {"data_nn": (FP8, "G K N"), "scale": (F32, "G KB NB"), "data_nt": (FP8, "G N K")},
+    ),
+    "quantize_ragged_columns": (
+        {"x": (FLOAT, "M K"), "group_sizes": (S32, "G")},
+        {"data": (FP8, "K T"), "scale": (F32, "K TB")},
+    ),
+    "quantize_ragged_both": (
+        {"x": (FLOAT, "M K"), "group_sizes": (S32, "G")},
+        {
+            "row_data": (FP8, "M K"),
+            "row_scale": (F32, "M KB"),
+            "column_data": (FP8, "K T"),
+            "column_scale": (F32, "K TB"),
+        },
+    ),
+    "gemm_1d2d": (
+        {
+            "lhs": (FP8, "G M K"),
+            "lhs_scale": (F32, "G M KB"),
+            "rhs": (FP8, "G N K"),
+            "rhs_scale": (F32, "G NB KB"),
+        },
+        {"out": (OUT, "G M N")},
+    ),
+    "gemm_1d1d": (
+        {
+            "lhs": (FP8, "G M K"),
+            "lhs_scale": (F32, "G M KB"),
+            "rhs": (FP8, "G N K"),
+            "rhs_scale": (F32, "G N KB"),
+        },
+        {"out": (OUT, "G M N")},
+    ),
+    "grouped_gemm": (
+        {
+            "lhs": (FP8, "M K"),
+            "lhs_scale": (F32, "M KB"),
+            "rhs": (FP8, "G N K"),
+            "rhs_scale": (F32, "G NB KB"),
+            "group_sizes": (S32, "G"),
+        },
+        {"out": (OUT, "M N")},
+    ),
+    "masked_grouped_gemm": (
+        {
+            "lhs": (FP8, "G M K"),
+            "lhs_scale": (F32, "G M KB"),
+            "rhs": (FP8, "G N K"),
+            "rhs_scale": (F32, "G NB KB"),
+            "masked_m": (S32, "G"),
+        },
+        {"out": (OUT, "G M N")},
+    ),
+    "grouped_wgrad_gemm": (
+        {
+            "lhs": (FP8, "N T"),
+            "lhs_scale": (F32, "N TB"),
+            "rhs": (FP8, "K T"),
+            "rhs_scale": (F32, "K TB"),
+            "group_sizes": (S32, "G"),
+        },
+        {"out": (OUT, "G N K")},
+    ),
+}

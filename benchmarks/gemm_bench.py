@@ -32,6 +32,26 @@ IMAGES = ("gemm_1d2d_bf16", "gemm_1d2d_f32", "gemm_1d1d_bf16", "gemm_1d1d_f32")
 KINDS = {"1d2d": 0, "1d1d": 1, "grouped": 2, "masked": 3, "grouped_wgrad": 4}
 
 
+def build_planner(folder: Path):
+    sources = [str(ROOT / "benchmarks/plan_abi.cc"), str(ROOT / "csrc/host/gemm.cc")]
+    library = str(folder / "libplan.so")
+    subprocess.run(
+        ["g++", "-std=c++17", "-O2", "-shared", "-fPIC", "-o", library, *sources], check=True
+    )
+
+
+def use_installed(folder: Path):
+    """The kernels that the package carries, and a planner from this checkout's sources."""
+    import jaxfp8._ffi
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for cubin in jaxfp8._ffi.image_directory().glob("*.cubin"):
+        link = folder / cubin.name
+        link.unlink(missing_ok=True)
+        link.symlink_to(cubin)
+    build_planner(folder)
+
+
 def build(folder: Path):
     folder.mkdir(parents=True, exist_ok=True)
     target = "-gencode=arch=compute_90a,code="
@@ -48,11 +68,7 @@ def build(folder: Path):
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(image, IMAGES))
-    sources = [str(ROOT / "benchmarks/plan_abi.cc"), str(ROOT / "csrc/host/gemm.cc")]
-    library = str(folder / "libplan.so")
-    subprocess.run(
-        ["g++", "-std=c++17", "-O2", "-shared", "-fPIC", "-o", library, *sources], check=True
-    )
+    build_planner(folder)
 
 
 class _Attribute(ctypes.Structure):

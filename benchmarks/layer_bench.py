@@ -1,17 +1,16 @@
 """Layers at the level of JAX, forward and backward, quantization included, against XLA's bfloat16 in the same run.
 
-    python benchmarks/layer_bench.py OUT.json
+    python benchmarks/layer_bench.py OUT.json [--only TEXT]
 
 Wall time of many queued calls divided by their number, so host time hides where the device is busy; medians of rounds
-that alternate between the two sides, on fresh random normal data larger than the L2 cache.
+that alternate between the sides, on random normal data larger than the L2 cache. `benchmarks/speed.py` adds peers.
 """
 
+import argparse
 import functools
 import json
 import pathlib
 import statistics
-import subprocess
-import sys
 import time
 
 import jax
@@ -19,21 +18,25 @@ import jax.numpy as jnp
 
 import jaxfp8
 
-ROUNDS, CALLS = 7, 10
+ROUNDS, SECONDS = 5, 0.1
 
 
 def time_sides(sides):
     """Median seconds a call of each side; rounds alternate, so drift of the clocks hits all alike."""
-    for run in sides.values():
+    calls, times = {}, {}
+    for name, run in sides.items():
         jax.block_until_ready(run())
-    times = {name: [] for name in sides}
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        calls[name] = max(2, min(50, int(SECONDS / (time.perf_counter() - start))))
+        times[name] = []
     for _ in range(ROUNDS):
         for name, run in sides.items():
             start = time.perf_counter()
-            for _ in range(CALLS):
+            for _ in range(calls[name]):
                 out = run()
             jax.block_until_ready(out)
-            times[name].append((time.perf_counter() - start) / CALLS)
+            times[name].append((time.perf_counter() - start) / calls[name])
     return {name: statistics.median(v) for name, v in times.items()}
 
 
@@ -58,60 +61,134 @@ def normal(key, *shape):
     return jax.random.normal(jax.random.key(key), shape, jnp.bfloat16)
 
 
+def swiglu(gate_up):
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    return jax.nn.silu(gate) * up
+
+
+# A case: floating-point operations forward, arguments, and f(product) for a side's product.
+
+
 def linear_case(tokens, k, n):
-    x, w = normal(0, tokens, k), normal(1, k, n)
-    flops = 2 * tokens * k * n
-    return flops, (x, w), {"fp8": lambda x, w: jaxfp8.linear(x, w), "bf16": jnp.dot}
+    return 2 * tokens * k * n, (normal(0, tokens, k), normal(1, k, n)), lambda dot: dot
 
 
-def ragged_case(tokens, experts, k, n):
-    x, w = normal(0, tokens, k), normal(1, experts, k, n)
+def mlp_case(tokens, width, hidden):
+    """SwiGLU: x . (gate, up), then down."""
+    args = normal(0, tokens, width), normal(1, width, 2 * hidden), normal(2, hidden, width)
+
+    def build(dot):
+        return lambda x, gate_up, down: dot(swiglu(dot(x, gate_up / width**0.5)), down)
+
+    return 6 * tokens * width * hidden, args, build
+
+
+def group_sizes(rows, experts):
     share = jax.random.uniform(jax.random.key(3), (experts,), minval=0.7, maxval=1.3)
-    sizes = jnp.floor(share / share.sum() * tokens).astype(jnp.int32)
-    sizes = sizes.at[0].add(tokens - sizes.sum())
-    flops = 2 * tokens * k * n
-    sides = {
-        "fp8": lambda x, w: jaxfp8.ragged_dot(x, w, sizes),
-        "bf16": lambda x, w: jax.lax.ragged_dot(x, w, sizes),
-    }
-    return flops, (x, w), sides
+    sizes = jnp.floor(share / share.sum() * rows).astype(jnp.int32)
+    return sizes.at[0].add(rows - sizes.sum())
 
 
-CASES = {
-    "linear 15872x4096x16384": linear_case(15872, 4096, 16384),
-    "linear 15872x16384x4096": linear_case(15872, 16384, 4096),
-    "linear 8192x4096x4096": linear_case(8192, 4096, 4096),
-    "linear 4096x7168x2048": linear_case(4096, 7168, 2048),
-    "ragged_dot 8 experts 16384x4096x2048": ragged_case(16384, 8, 4096, 2048),
-    "ragged_dot 32 experts 16384x2048x1408": ragged_case(16384, 32, 2048, 1408),
+def ragged_case(rows, experts, k, n):
+    sizes = group_sizes(rows, experts)
+
+    def build(ragged_dot):
+        return lambda x, w: ragged_dot(x, w, sizes)
+
+    return 2 * rows * k * n, (normal(0, rows, k), normal(1, experts, k, n)), build
+
+
+def moe_case(rows, experts, width, hidden):
+    """The experts of a mixture: SwiGLU on rows sorted by expert."""
+    sizes = group_sizes(rows, experts)
+    args = (
+        normal(0, rows, width),
+        normal(1, experts, width, 2 * hidden) / width**0.5,
+        normal(2, experts, hidden, width),
+    )
+
+    def build(ragged_dot):
+        def f(x, gate_up, down):
+            return ragged_dot(swiglu(ragged_dot(x, gate_up, sizes)), down, sizes)
+
+        return f
+
+    return 6 * rows * width * hidden, args, build
+
+
+DENSE = {
+    "linear 15872x4096x16384": lambda: linear_case(15872, 4096, 16384),
+    "linear 15872x16384x4096": lambda: linear_case(15872, 16384, 4096),
+    "linear 8192x4096x4096": lambda: linear_case(8192, 4096, 4096),
+    "linear 4096x7168x2048": lambda: linear_case(4096, 7168, 2048),
+    "Llama-3 8B linear 8192x4096x28672": lambda: linear_case(8192, 4096, 28672),
+    "Llama-3 8B linear 8192x14336x4096": lambda: linear_case(8192, 14336, 4096),
+    "Llama-3 70B linear 4096x8192x57344": lambda: linear_case(4096, 8192, 57344),
+    "Llama-3 70B linear 4096x28672x8192": lambda: linear_case(4096, 28672, 8192),
+    "Llama-3 8B SwiGLU 8192x4096x14336": lambda: mlp_case(8192, 4096, 14336),
+    "SwiGLU 15872x4096x16384": lambda: mlp_case(15872, 4096, 16384),
+}
+RAGGED = {
+    "ragged_dot 8 experts 16384x4096x2048": lambda: ragged_case(16384, 8, 4096, 2048),
+    "ragged_dot 32 experts 16384x2048x1408": lambda: ragged_case(16384, 32, 2048, 1408),
+    "DeepSeek-V3 moe 32 experts 32768x7168x2048": lambda: moe_case(32768, 32, 7168, 2048),
+    "Mixtral moe 8 experts 16384x4096x14336": lambda: moe_case(16384, 8, 4096, 14336),
 }
 
 
-def main():
-    device = jax.devices()[0]
+def measure(linears=None, ragged_dots=None, only=""):
+    """Rows of every case, forward and forward + backward. Peers: callables by name."""
+    dense = {"fp8": jaxfp8.linear, "XLA bf16": jnp.dot} | (linears or {})
+    ragged = {"fp8": jaxfp8.ragged_dot, "jax ragged_dot": jax.lax.ragged_dot} | (ragged_dots or {})
     rows = []
-    for name, (flops, args, sides) in CASES.items():
-        for mode, make, products in (("forward", forward, 1), ("train", train, 3)):
-            seconds = time_sides({side: make(f, *args) for side, f in sides.items()})
-            row = {"case": name, "mode": mode}
-            row |= {f"{side}_ms": 1e3 * s for side, s in seconds.items()}
-            row |= {f"{side}_tflops": products * flops / s / 1e12 for side, s in seconds.items()}
-            row["speedup"] = seconds["bf16"] / seconds["fp8"]
+    for name, make in (DENSE | RAGGED).items():
+        if only not in name:
+            continue
+        flops, args, build = make()
+        sides = {side: build(f) for side, f in (dense if name in DENSE else ragged).items()}
+        for mode, prepare, products in (("forward", forward, 1), ("train", train, 3)):
+            runs = {}
+            for side, f in sides.items():
+                try:
+                    run = prepare(f, *args)
+                    jax.block_until_ready(run())
+                    runs[side] = run
+                except Exception as error:  # a peer that refuses a case is named, and left out
+                    if side == "fp8":
+                        raise
+                    print(f"  no {side} {mode}: {type(error).__name__} {str(error)[:200]}")
+            seconds = time_sides(runs)
+            row = {
+                "case": name,
+                "mode": mode,
+                "ms": {side: 1e3 * s for side, s in seconds.items()},
+                "tflops": {side: products * flops / s / 1e12 for side, s in seconds.items()},
+            }
             rows.append(row)
             print(
-                f"{name:40s} {mode:8s} fp8 {row['fp8_ms']:8.3f} ms {row['fp8_tflops']:6.0f} TF/s   "
-                f"bf16 {row['bf16_ms']:8.3f} ms {row['bf16_tflops']:6.0f} TF/s   {row['speedup']:.2f}x",
+                f"{name:44s} {mode:8s}"
+                + ", ".join(
+                    f"{side} {1e3 * s:.3f} ms {row['tflops'][side]:.0f} TF/s"
+                    + ("" if side == "fp8" else f" ({s / seconds['fp8']:.2f}x)")
+                    for side, s in seconds.items()
+                ),
                 flush=True,
             )
-    query = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,power.draw,temperature.gpu"]
-    state = subprocess.run([*query, "--format=csv,noheader"], capture_output=True, text=True).stdout
+        del args, sides, runs
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=pathlib.Path)
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    arguments = parser.parse_args()
     result = {
-        "device": device.device_kind,
+        "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
-        "gpu_after": state.strip(),
-        "rows": rows,
+        "rows": measure(only=arguments.only),
     }
-    pathlib.Path(sys.argv[1]).write_text(json.dumps(result, indent=1) + "\n")
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import checkpoint_policies as checkpoint_policies
+    from . import equinox as equinox
+    from . import flax as flax
     from ._quantized_array import QuantizedArray as QuantizedArray
     from ._recipe import Recipe as Recipe
     from .kernels.gemm import gemm as gemm
@@ -50,8 +52,13 @@ _MODULES = {
 
 __all__ = [*sorted(_MODULES), "__version__"]
 
+# Not in __all__: each needs its framework (`pip install 'jaxfp8[frameworks]'`).
+_INTEGRATIONS = ("equinox", "flax")
+
 
 def __getattr__(name: str) -> Any:
+    if name in _INTEGRATIONS:
+        return importlib.import_module(f".{name}", __name__)
     if name not in _MODULES:
         raise AttributeError(f"module 'jaxfp8' has no attribute {name!r}")
     module = importlib.import_module(f".{_MODULES[name]}", __name__)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxprs_in_params
 
+import jaxfp8.kernels.grouped_gemm  # noqa: F401 (with gemm, every product registers its leaf)
 from jaxfp8._leaf import LEAVES
 from tests import oracle
 from tests.leaf_lowering import leaves_lower_to

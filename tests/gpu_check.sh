@@ -5,8 +5,8 @@
 #   tests/gpu_check.sh OUT [STEP...]     steps: build errors tests scale memcheck initcheck synccheck racecheck
 #                                        train train_moe step; all of them by default
 #
-# Steps are independent: one that fails is reported, the others still run. Those that share a GPU safely run side by
-# side; the scale tests, which fill its memory, and the training, which is timed, do not.
+# Steps are independent: one that fails is reported, the others still run. All but the profile of a step run side by
+# side, which is itself a check: eight processes on one GPU, with about 60 GB of its memory.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p "${1:?usage: tests/gpu_check.sh OUT [STEP...]}"
@@ -41,6 +41,13 @@ elif [[ $wanted == *check* ]] && compute-sanitizer --help 2>&1 | grep -q -- --ke
 fi
 few=(python3 tests/gpu_sanitize.py --few)
 
+train=(python3 examples/train_lm.py --size large --batch 8 --learning-rate 3e-4 --evaluations 12 --validation-windows 96)
+train() { # the two models, one after the other
+  step train 300 "${train[@]}" --steps "${DENSE_STEPS:-300}" --out "$out/train"
+  step train_moe 300 "${train[@]}" --moe --steps "${MOE_STEPS:-150}" --out "$out/train_moe"
+}
+
+train &
 step errors 120 python3 benchmarks/gpu_errors.py "$out/errors.json" --dump "$out/products.npz" &
 step tests 330 python3 -m pytest -m gpu tests/test_gpu.py -n "${TEST_PROCESSES:-5}" --maxfail=40 --tb=short &
 step scale 330 python3 -m pytest -m gpu tests/test_gpu_scale.py --tb=short --durations=8 &
@@ -50,9 +57,6 @@ sanitizer racecheck 280 "${only[@]}" "${few[@]}" &
 sanitizer initcheck 280 "${few[@]}" & # every kernel: others write what ours read
 wait
 
-train=(python3 examples/train_lm.py --size large --batch 8 --learning-rate 3e-4 --evaluations 12 --validation-windows 96)
-step train 150 "${train[@]}" --steps "${DENSE_STEPS:-500}" --out "$out/train"
-step train_moe 150 "${train[@]}" --moe --steps "${MOE_STEPS:-250}" --out "$out/train_moe"
 step step 100 python3 benchmarks/step_profile.py "$out/step.json"
 
 python3 tests/gpu_report.py "$out"

@@ -43,19 +43,22 @@ STEPS = 4
 
 
 def read_trace(folder, keep=None):
-    """Kernels (name, start and duration in nanoseconds) and counts of the host's calls into CUDA."""
+    """Kernels (name, start and duration in nanoseconds); launches of kernels and of graphs by the host."""
     (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
     if keep is not None:
         keep.write_bytes(gzip.compress(path.read_bytes()))
-    kernels, calls, lines = [], collections.Counter(), set()
+    kernels, calls = [], collections.Counter()
     for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
         for line in plane.lines:
-            lines.add(f"{plane.name} | {line.name}")
             if re.search(r"GPU:\d", plane.name) and "Stream" in line.name:
                 kernels += [(e.name, e.start_ns, e.duration_ns) for e in line.events]
             elif "CPU" in plane.name:
-                calls.update(e.name for e in line.events if e.name.startswith("cu"))
-    return sorted(kernels, key=lambda k: k[1]), calls, sorted(lines)
+                calls.update(e.name for e in line.events)
+    # A launch by the host is traced under its kernel's name.
+    names = {name for name, _, _ in kernels}
+    launches = sum(n for name, n in calls.items() if name in names)
+    graphs = sum(n for name, n in calls.items() if name.startswith("cuGraphLaunch"))
+    return sorted(kernels, key=lambda k: k[1]), launches, graphs
 
 
 def kernel_kind(name):
@@ -118,14 +121,14 @@ def profile(name, lowered, make_args, keep_folder=None, calls=20, step=None, mod
                 jax.block_until_ready(out)
             label = f"{name}-{mode}".replace(" ", "_").replace("'", "")
             keep = keep_folder / f"{label}.xplane.pb.gz" if keep_folder else None
-            kernels, api, lines = read_trace(folder, keep)
+            kernels, launches, graphs = read_trace(folder, keep)
         row = {
             "program": name,
             "mode": mode,
             "wall_ms": 1e3 * statistics.median(walls),
             "cpu_ms": 1e3 * cpu,
-            "host_calls": {k: v / STEPS for k, v in api.most_common()},
-            "lines": lines,
+            "kernel_launches": launches / STEPS,
+            "graph_launches": graphs / STEPS,
         }
         if kernels:
             row |= breakdown(kernels, STEPS)
@@ -135,13 +138,11 @@ def profile(name, lowered, make_args, keep_folder=None, calls=20, step=None, mod
 
 
 def print_row(row):
-    launches = sum(v for k, v in row["host_calls"].items() if "LaunchKernel" in k)
-    graphs = sum(v for k, v in row["host_calls"].items() if "GraphLaunch" in k)
     print(
         f"{row['program']}, {row['mode']}: {row['wall_ms']:.3f} ms a step ({row['cpu_ms']:.3f} of a CPU), "
         f"{row.get('kernels', 0):.0f} kernels ({row.get('custom_calls', 0):.0f} ours), busy "
         f"{row.get('span_ms', 0) - row.get('idle_ms', 0):.3f} of {row.get('span_ms', 0):.3f} ms; "
-        f"{launches:.0f} kernel and {graphs:.0f} graph launches by the host",
+        f"{row['kernel_launches']:.0f} kernel and {row['graph_launches']:.0f} graph launches by the host",
         flush=True,
     )
     for kernel in row.get("by_kernel", [])[:12]:

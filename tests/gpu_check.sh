@@ -2,8 +2,8 @@
 # On a machine with a Hopper GPU: builds the package and checks that it is right. Ends in a short table, and writes
 # correct-DEVICE-DATE.json. Logs and results go to the folder given. At most 9 minutes.
 #
-#   tests/gpu_check.sh OUT [STEP...]     steps: build errors tests scale memcheck initcheck synccheck racecheck
-#                                        train train_moe step; all of them by default
+#   tests/gpu_check.sh OUT [STEP...]     steps: build errors tests scale concurrency memcheck initcheck
+#                                        synccheck racecheck train train_moe step; all of them by default
 #
 # Steps are independent: one that fails is reported, the others still run. All but the profile of a step run side by
 # side, which is itself a check: eight processes on one GPU, with about 60 GB of its memory.
@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 mkdir -p "${1:?usage: tests/gpu_check.sh OUT [STEP...]}"
 out=$(realpath "$1")
 shift
-wanted=" ${*:-build errors tests scale memcheck initcheck synccheck racecheck train train_moe step} "
+wanted=" ${*:-build errors tests scale concurrency memcheck initcheck synccheck racecheck train train_moe step} "
 export PYTHONUNBUFFERED=1 XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONPATH=$PWD TF_CPP_MIN_LOG_LEVEL=2
 
 step() { # name, seconds allowed, command...
@@ -41,16 +41,17 @@ elif [[ $wanted == *check* ]] && compute-sanitizer --help 2>&1 | grep -q -- --ke
 fi
 few=(python3 tests/gpu_sanitize.py --few)
 
-train=(python3 examples/train_lm.py --size large --batch 8 --learning-rate 3e-4 --evaluations 12 --validation-windows 96)
+train=(python3 examples/train_lm.py --size medium --learning-rate 1.5e-4 --evaluations 16)
 train() { # the two models, one after the other
-  step train 300 "${train[@]}" --steps "${DENSE_STEPS:-300}" --out "$out/train"
-  step train_moe 300 "${train[@]}" --moe --steps "${MOE_STEPS:-150}" --out "$out/train_moe"
+  step train 300 "${train[@]}" --steps "${DENSE_STEPS:-1500}" --out "$out/train"
+  step train_moe 300 "${train[@]}" --moe --steps "${MOE_STEPS:-1000}" --out "$out/train_moe"
 }
 
 train &
 step errors 120 python3 benchmarks/gpu_errors.py "$out/errors.json" --dump "$out/products.npz" &
 step tests 330 python3 -m pytest -m gpu tests/test_gpu.py -n "${TEST_PROCESSES:-5}" --maxfail=40 --tb=short &
-step scale 330 python3 -m pytest -m gpu tests/test_gpu_scale.py --tb=short --durations=8 &
+step scale 330 python3 -m pytest -m gpu tests/test_gpu_scale.py --tb=short --durations=5 &
+step concurrency 330 python3 -m pytest -m gpu tests/test_gpu_concurrency.py --tb=short --durations=5 &
 sanitizer memcheck 200 "${only[@]}" python3 tests/gpu_sanitize.py &
 sanitizer synccheck 200 "${only[@]}" python3 tests/gpu_sanitize.py &
 sanitizer racecheck 280 "${only[@]}" "${few[@]}" &

@@ -19,7 +19,7 @@ DTYPES = {
     "u64": 9, "f16": 10, "f32": 11, "f64": 12, "c64": 15, "bf16": 16, "token": 17, "c128": 18,
     "f8e5m2": 19, "f8e4m3fn": 20, "s4": 21, "u4": 22, "f8e4m3b11fnuz": 23, "f8e5m2fnuz": 24,
     "f8e4m3fnuz": 25, "f8e4m3": 28, "f8e3m4": 29, "f4e2m1fn": 32, "f8e8m0fnu": 33,
-    "unknown": 1000,
+    "unknown": 63,  # the largest that the enumeration can hold
 }  # fmt: skip
 INVALID_ARGUMENT, INTERNAL, UNAVAILABLE = 3, 13, 14  # XLA_FFI_Error_Code
 EXECUTE = 3  # XLA_FFI_ExecutionStage
@@ -175,7 +175,8 @@ def dictionary() -> tuple[int, Any, list[Any]]:
 class Frame:
     """One call: its buffers, its attributes and, on the CUDA platform, its stream.
 
-    `attributes`: name -> what `scalar`, `string`, `array` or `dictionary` gives.
+    `attributes`: name -> what `scalar`, `string`, `array` or `dictionary` gives. `api`: another
+    XLA_FFI_Api than the one here.
     """
 
     def __init__(
@@ -186,11 +187,12 @@ class Frame:
         *,
         stream: int = 0,
         stage: int = EXECUTE,
+        api: int = 0,
     ):
         self._keep: list[Any] = []
         self.frame = _Frame(
             struct_size=ctypes.sizeof(_Frame) - ctypes.sizeof(_ptr),  # up to `attrs`
-            api=ctypes.addressof(_API),
+            api=api or ctypes.addressof(_API),
             ctx=stream or None,
             stage=stage,
             args=self._arrays(operands),

@@ -7,8 +7,12 @@
 
 namespace jaxfp8::cuda {
 
-using Result = int;  // CUresult
-constexpr Result kSuccess = 0;
+// CUresult; those that an error message says more about
+using Result = int;
+constexpr Result kSuccess = 0, kOutOfMemory = 2, kNotInitialized = 3, kDeinitialized = 4,
+                 kNoDevice = 100, kInvalidImage = 200, kNoBinaryForGpu = 209,
+                 kEccUncorrectable = 214, kIllegalAddress = 700, kLaunchFailed = 719,
+                 kSystemDriverMismatch = 803;
 
 using Device = int;
 using Context = struct ContextHandle*;

@@ -7,6 +7,16 @@
 namespace jaxfp8::cuda {
 
 static_assert(sizeof(Result) == sizeof(CUresult) && kSuccess == CUDA_SUCCESS);
+static_assert(kOutOfMemory == CUDA_ERROR_OUT_OF_MEMORY);
+static_assert(kNotInitialized == CUDA_ERROR_NOT_INITIALIZED);
+static_assert(kDeinitialized == CUDA_ERROR_DEINITIALIZED);
+static_assert(kNoDevice == CUDA_ERROR_NO_DEVICE);
+static_assert(kInvalidImage == CUDA_ERROR_INVALID_IMAGE);
+static_assert(kNoBinaryForGpu == CUDA_ERROR_NO_BINARY_FOR_GPU);
+static_assert(kEccUncorrectable == CUDA_ERROR_ECC_UNCORRECTABLE);
+static_assert(kIllegalAddress == CUDA_ERROR_ILLEGAL_ADDRESS);
+static_assert(kLaunchFailed == CUDA_ERROR_LAUNCH_FAILED);
+static_assert(kSystemDriverMismatch == CUDA_ERROR_SYSTEM_DRIVER_MISMATCH);
 static_assert(sizeof(Device) == sizeof(CUdevice));
 static_assert(kMultiprocessorCount == CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
 static_assert(kComputeCapabilityMajor == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR);

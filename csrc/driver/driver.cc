@@ -38,7 +38,7 @@ cuda::Table fill(const char* source, const Resolve& resolve) {
 #undef JAXFP8_FILL
   if (!missing.empty()) {
     throw UnavailableError(std::string(source) + " has no " + missing +
-                           "; the kernels need a driver of CUDA 12.0 or later");
+                           "; the kernels need a driver of CUDA 12.0 or later: update it");
   }
   return table;
 }
@@ -46,9 +46,41 @@ cuda::Table fill(const char* source, const Resolve& resolve) {
 cuda::Table load_libcuda() {
   void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) {
-    throw UnavailableError(std::string("there is no CUDA driver: ") + dlerror());
+    throw UnavailableError(std::string("there is no CUDA driver: ") + dlerror() +
+                           "; install NVIDIA's driver, or run where there is a GPU");
   }
   return fill("libcuda.so.1", [library](const char* symbol) { return dlsym(library, symbol); });
+}
+
+// What a caller can do about an error, to follow the driver's own text.
+const char* advice(cuda::Result result) {
+  switch (result) {
+    case cuda::kOutOfMemory:
+      return "; free device memory, or lower XLA_PYTHON_CLIENT_MEM_FRACTION: the kernels' code "
+             "lies "
+             "outside of JAX's pool";
+    case cuda::kNotInitialized:
+    case cuda::kDeinitialized:
+      return "; a process forked after CUDA's first use cannot use it: start workers with the "
+             "spawn "
+             "method";
+    case cuda::kNoDevice:
+      return "; no GPU is visible: see nvidia-smi and CUDA_VISIBLE_DEVICES";
+    case cuda::kInvalidImage:
+    case cuda::kNoBinaryForGpu:
+      return "; reinstall the package if the file is damaged, else update the driver to the CUDA "
+             "version of that nvcc";
+    case cuda::kEccUncorrectable:
+    case cuda::kIllegalAddress:
+    case cuda::kLaunchFailed:
+      return "; an earlier kernel of this process failed, and its context is lost: restart the "
+             "process";
+    case cuda::kSystemDriverMismatch:
+      return "; libcuda and the kernel module are of different versions: reboot after an update of "
+             "the driver";
+    default:
+      return "";
+  }
 }
 
 std::string to_string(const Dim3& d) {
@@ -89,7 +121,9 @@ class Driver {
   // Throws DriverError "<call>: <name>: <text>" unless `result` is success.
   template <class Call>
   void check(cuda::Result result, Call call) const {
-    if (result != cuda::kSuccess) throw DriverError(call() + (": " + error_text(result)));
+    if (result != cuda::kSuccess) {
+      throw DriverError(call() + (": " + error_text(result) + advice(result)), result);
+    }
   }
 
   std::string error_text(cuda::Result result) const {

@@ -14,9 +14,12 @@
 
 namespace jaxfp8::driver {
 
-// What a failed call reports: the entry point, its arguments, and the driver's name and text.
+// What a failed call reports: the entry point, its arguments, the driver's name and text, and what
+// to do about it where that is known.
 struct DriverError : std::runtime_error {
-  using std::runtime_error::runtime_error;
+  explicit DriverError(const std::string& message, cuda::Result result = cuda::kSuccess)
+      : std::runtime_error(message), result(result) {}
+  cuda::Result result;  // kSuccess: a plan that no driver was asked about
 };
 
 // There is nothing to run on: no driver, no device, the wrong device, or no compiled kernels.

@@ -341,10 +341,17 @@ const Target& find_target(const std::string& name) {
 
 LaunchPlan plan_call(const Call& call, int device_sms) {
   Sizes sizes = check(call, device_sms);
-  if (call.target->family == Family::kGemm) {
-    return plan_gemm(gemm_problem(call, sizes), call.config, call.num_sms, device_sms);
+  try {
+    if (call.target->family == Family::kGemm) {
+      return plan_gemm(gemm_problem(call, sizes), call.config, call.num_sms, device_sms);
+    }
+    return plan_quantize(quantize_problem(call, sizes), device_sms);
+  } catch (const std::invalid_argument& error) {
+    // A planner names its family; a caller knows the target.
+    std::string message = error.what();
+    size_t family = message.find(": ");
+    fail(*call.target, family == std::string::npos ? message : message.substr(family + 2));
   }
-  return plan_quantize(quantize_problem(call, sizes), device_sms);
 }
 
 }  // namespace jaxfp8

@@ -77,8 +77,8 @@ struct Call {
   int32_t num_sms = 0;
 };
 
-// Checks every shape, dtype, address and attribute, and plans the launch. Throws CallError, or
-// PlanError where a kernel family cannot serve what the contract allows.
+// Checks every shape, dtype, address and attribute, and plans the launch. Throws CallError, also
+// where a kernel family cannot serve what the contract allows.
 LaunchPlan plan_call(const Call& call, int device_sms);
 
 }  // namespace jaxfp8

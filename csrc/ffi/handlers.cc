@@ -112,6 +112,10 @@ ffi::Error run(const Target& target, cuda::Stream stream, ffi::RemainingArgs ope
     return ffi::Error(ffi::ErrorCode::kInvalidArgument, error.what());
   } catch (const driver::UnavailableError& error) {
     return ffi::Error(ffi::ErrorCode::kUnavailable, target.name + ": " + error.what());
+  } catch (const driver::DriverError& error) {
+    bool full = error.result == cuda::kOutOfMemory;
+    return ffi::Error(full ? ffi::ErrorCode::kResourceExhausted : ffi::ErrorCode::kInternal,
+                      target.name + ": " + error.what());
   } catch (const std::exception& error) {
     return ffi::Error(ffi::ErrorCode::kInternal, target.name + ": " + error.what());
   }

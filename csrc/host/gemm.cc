@@ -134,10 +134,10 @@ void check(const GemmProblem& p) {
     REQUIRE(!is_grouped(p.kind), "lhs can be shared by batch entries only, not by ragged groups");
   }
   if (p.kind == Kind::kGroupedWgrad) {
-    REQUIRE(p.k % 128 == 0 && p.k / 128 >= p.groups, "the contraction is " + std::to_string(p.k) +
-                                                         " wide; it must be a multiple of 128 and "
-                                                         "have 128 for each of the " +
-                                                         std::to_string(p.groups) + " groups");
+    REQUIRE(p.k % 128 == 0 && p.k / 128 >= p.groups,
+            "lhs has a contraction of " + std::to_string(p.k) +
+                "; it must be a multiple of 128 and have 128 for each of the " +
+                std::to_string(p.groups) + " groups");
   }
   require_aligned(p.lhs_data, 16, "lhs");
   require_aligned(p.rhs_data, 16, "rhs");
@@ -243,7 +243,7 @@ LaunchPlan plan_gemm(const GemmProblem& p, int config, int num_sms, int device_s
               std::to_string(num_gemm_configs(p.kind) - 1));
   const Config& c = config_of(p.kind, config == -1 ? choose_config(p, sms) : config);
   const int cluster = c.cluster_m * c.cluster_n;
-  REQUIRE(cluster <= sms, "config " + std::to_string(config) + " runs in clusters of " +
+  REQUIRE(cluster <= sms, "config is " + std::to_string(config) + ", which runs in clusters of " +
                               std::to_string(cluster) + " SMs; num_sms is " +
                               std::to_string(num_sms));
   const int64_t tiles = max_tiles(p, c);

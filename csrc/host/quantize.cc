@@ -37,11 +37,14 @@ void* checked(const char* name, void* address, int64_t alignment) {
 }
 
 // The grid's x extent for the product of `factors`.
-uint32_t checked_grid(std::initializer_list<int64_t> factors) {
+uint32_t checked_grid(const QuantizeProblem& p, std::initializer_list<int64_t> factors) {
   constexpr int64_t kMaxGrid = std::numeric_limits<int32_t>::max();
   int64_t product = 1;
   for (int64_t factor : factors) {
-    if (factor > kMaxGrid / product) fail("the array has more blocks than a grid holds, 2^31 - 1");
+    if (factor > kMaxGrid / product) {
+      fail(std::string(p.kind == Kind::kWeight ? "w" : "x") +
+           " has more blocks than a grid holds, 2^31 - 1");
+    }
     product *= factor;
   }
   return static_cast<uint32_t>(product);
@@ -96,7 +99,7 @@ void plan_rows(const QuantizeProblem& p, int device_sms, LaunchPlan& plan) {
   if (p.rows > std::numeric_limits<int64_t>::max() / p.groups) fail("G * M overflows");
   int64_t rows = p.groups * p.rows;
   uint32_t tiles = checked_grid(
-      {ceil_div(rows, kWarpRows), ceil_div(p.cols, kWarpRowBytes / size_in_bytes(p.in))});
+      p, {ceil_div(rows, kWarpRows), ceil_div(p.cols, kWarpRowBytes / size_in_bytes(p.in))});
   int warps = kMaxWarps;
   while (warps > 1 && tiles < static_cast<int64_t>(warps) * 2 * device_sms) warps /= 2;
   plan.image = "quantize_rows";
@@ -136,8 +139,8 @@ LaunchPlan plan_quantize(const QuantizeProblem& p, int device_sms) {
     plan_rows(p, device_sms, plan);
   } else {
     int64_t column_blocks = ceil_div(p.cols, kBlock);
-    plan.grid.x = ragged ? checked_grid({ceil_div(p.rows, kBlock) + p.groups, column_blocks})
-                         : checked_grid({p.groups, ceil_div(p.rows, kBlock), column_blocks});
+    plan.grid.x = ragged ? checked_grid(p, {ceil_div(p.rows, kBlock) + p.groups, column_blocks})
+                         : checked_grid(p, {p.groups, ceil_div(p.rows, kBlock), column_blocks});
     plan.block.x = kTileThreads;
     plan.args = {p.x};
     if (ragged) plan.args.push_back(p.group_sizes);

@@ -151,6 +151,7 @@ class EmulatedDriver:
         num_devices: stream s belongs to device s - 1, as does a context; calls without a stream
             are on device 0.
         seed, check_races: passed to the emulator; may be changed between calls.
+        guard: bytes between the buffers of a call, under emulated addresses.
         ptx: texts to execute in place of an image's own PTX, by image.
         launch: executes a kernel; the emulator's `launch` unless a test records launches only.
 
@@ -171,6 +172,7 @@ class EmulatedDriver:
         num_devices: int = 1,
         seed: int = 0,
         check_races: bool = True,
+        guard: int = 1 << 16,
         ptx: Mapping[str, str] | None = None,
         launch: Callable[..., Any] | None = None,
     ):
@@ -178,7 +180,7 @@ class EmulatedDriver:
         self.num_sms = num_sms
         self.compute_capability = compute_capability
         self.num_devices = num_devices
-        self.seed, self.check_races = seed, check_races
+        self.seed, self.check_races, self.guard = seed, check_races, guard
         self.ptx = dict(ptx or {})
         self.launch = launch or emulate
         self.launches: list[Launch] = []
@@ -243,7 +245,7 @@ class EmulatedDriver:
         return callback
 
     def _on_call(self, target, buffers, count):
-        call = _Call(target.decode())
+        call = _Call(target.decode(), Memory(self.guard))
         self._current[threading.get_ident()] = call
         read = {(b.data, b.size) for b in buffers[:count] if not b.written}
         regions: dict[tuple[int, int], int] = {}

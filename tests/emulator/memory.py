@@ -10,7 +10,7 @@ import numpy as np
 
 from .errors import LaunchError, OutOfBounds, ReadOnlyWrite
 
-_GUARD = 1 << 16  # bytes that belong to nobody after every buffer
+_GUARD = 1 << 16  # bytes that belong to nobody after every buffer, unless asked for more
 _ALIGN = 256  # cudaMalloc's alignment
 # Addresses of buffers that do not have one of their own: below any host mapping.
 _FIRST_ADDRESS = 0x0000_0200_0000_0000
@@ -53,10 +53,11 @@ class Memory:
 
     Buffers come from `map` (host memory at its own address, not copied: what a driver hands to a
     kernel), or from `array` (a NumPy array, at an address that the memory chooses). Between the
-    latter lie guard zones; any access outside of every buffer is an error.
+    latter lie guard zones of `guard` bytes; any access outside of every buffer is an error.
     """
 
-    def __init__(self):
+    def __init__(self, guard: int = _GUARD):
+        self._guard = guard
         self._bases: list[int] = []
         self._regions: list[Region] = []
         self._next = _FIRST_ADDRESS
@@ -104,7 +105,7 @@ class Memory:
             return self._arrays[key]
         data = array.reshape(-1).view(np.uint8) if array.size else np.zeros(0, np.uint8)
         region = Region(self._next, data, array.flags.writeable, name or f"array {array.shape}")
-        self._next += -(-(array.nbytes + _GUARD) // _ALIGN) * _ALIGN
+        self._next += -(-(array.nbytes + self._guard) // _ALIGN) * _ALIGN
         self._keep.append(array)
         self._arrays[key] = region
         return self._add(region)

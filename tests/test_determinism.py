@@ -1,0 +1,53 @@
+"""Every kernel gives the same bits under every schedule of its warps and CTAs.
+
+Each call's first result is compared with the oracle's, the others with the first. A schedule is a seed of
+the emulator: another order of CTAs, of warps, of asynchronous copies and of tensor core products. The
+emulator reports any race on the way.
+"""
+
+import numpy as np
+import pytest
+
+from jaxfp8 import _C, _ffi
+from tests import custom_calls
+from tests.emulator.driver import EmulatedDriver
+
+pytestmark = [
+    pytest.mark.emulated,
+    pytest.mark.skipif(not _ffi.images(), reason="this build of jaxfp8 holds no kernels"),
+]
+
+
+def test_every_target_has_random_calls():
+    """Soak, schedules and group sizes draw from them: a new target must join."""
+    assert set(custom_calls.DRAWS) == set(_C.handlers("CUDA"))
+    takes_sizes = {t for t in custom_calls.DRAWS if "grouped" in t or "ragged" in t}
+    assert set(custom_calls.GROUPED) == takes_sizes
+
+
+def schedules(target, count, seed, **options):
+    call = custom_calls.DRAWS[target](np.random.default_rng(seed), **options)
+    first = None
+    with EmulatedDriver(_ffi.image_directory(), num_sms=4) as driver:
+        for driver.seed in range(count):
+            results = call.run()
+            if first is None:
+                first = results
+                call.check(results)
+            for a, b in zip(first, results, strict=True):
+                same = np.array_equal(a.view(np.uint8), b.view(np.uint8))
+                assert same, f"{call}: schedule {driver.seed} gives other bits"
+        assert len(driver.launches) == count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", custom_calls.DRAWS)
+def test_fifty_schedules_give_the_same_bits(target):
+    schedules(target, 50, seed=4, most=200)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["jaxfp8_gemm_1d2d_v1", "jaxfp8_grouped_wgrad_gemm_accum_v1"])
+def test_every_configuration_gives_the_same_bits_under_ten_schedules(target):
+    for config in range(len(_C.configs(target))):
+        schedules(target, 10, seed=5, most=200, config=config)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from . import checkpoint_policies as checkpoint_policies
     from . import equinox as equinox
     from . import flax as flax
+    from ._autocast import AutocastPolicy as AutocastPolicy
+    from ._autocast import autocast as autocast
     from ._quantized_array import QuantizedArray as QuantizedArray
     from ._recipe import Recipe as Recipe
     from .kernels.gemm import gemm as gemm
@@ -32,8 +34,10 @@ if TYPE_CHECKING:
     from .ops.ragged_dot import ragged_dot as ragged_dot
 
 _MODULES = {
+    "AutocastPolicy": "_autocast",
     "QuantizedArray": "_quantized_array",
     "Recipe": "_recipe",
+    "autocast": "_autocast",
     "checkpoint_policies": "checkpoint_policies",
     "dequantize": "kernels.quantize",
     "dot_general": "ops.dot_general",

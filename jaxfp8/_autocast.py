@@ -229,13 +229,14 @@ class Traced:
         self._everything = everything
         self._tree, self._leaves, self._where = tree, leaves, where
         static_out: dict[str, Any] = {}
+        same_structure: Any = tree
 
         def run(arrays):
             filled = self._fill(arrays)
             owner, xs, ks = jax.tree.unflatten(tree, filled)
             out, out_tree = jax.tree.flatten(call(owner, *xs, **ks))
             after, after_tree = jax.tree.flatten((owner, xs, ks))
-            if after_tree != tree:
+            if after_tree != same_structure:
                 raise ValueError(
                     "autocast: the function changes the structure of its arguments; allowed: pure functions, and "
                     "nnx modules whose variables get new values"
@@ -292,26 +293,27 @@ class Traced:
             leaves = list(self._leaves)
             for i, x in zip(changed, arrays[count:], strict=True):
                 leaves[i] = x
-            _update_modules(self._everything, leaves, set(changed))
+            places = {i: self.knowledge.leaves[self._where.index(i)].path for i in changed}
+            _update_modules(self._everything, leaves, places)
         leaves = list(out["out"])
         for i, x in zip(out["keep"], arrays[:count], strict=True):
             leaves[i] = x
         return jax.tree.unflatten(out["tree"], leaves)
 
 
-def _update_modules(everything: Any, leaves: Sequence[Any], changed: set[int]) -> None:
+def _update_modules(everything: Any, leaves: Sequence[Any], changed: dict[int, str]) -> None:
     """Gives the nnx modules among the arguments the values that their copies got while the function was traced."""
     nnx = sys.modules.get("flax.nnx")
     start = 0
     is_module = (lambda x: isinstance(x, nnx.Module)) if nnx else None
     for node in jax.tree.leaves(everything, is_leaf=is_module):
-        structure = jax.tree.structure(node)
+        structure: Any = jax.tree.structure(node)
         stop = start + structure.num_leaves
-        if changed.intersection(range(start, stop)):
+        if inside := [i for i in changed if start <= i < stop]:
             if nnx is None or not isinstance(node, nnx.Module):
                 raise ValueError(
-                    f"autocast: the function changes an argument in place, a {type(node).__name__}; allowed: pure "
-                    "functions, and nnx modules whose variables get new values"
+                    f"autocast: the function changes {changed[inside[0]]} in place; allowed: pure functions, and nnx "
+                    "modules whose variables get new values"
                 )
             nnx.update(node, nnx.state(jax.tree.unflatten(structure, leaves[start:stop])))
         start = stop
@@ -359,7 +361,7 @@ class Rewriter:
 
     def __init__(self, knowledge: Knowledge, policy: AutocastPolicy, recipe: Recipe):
         self.knowledge, self.policy, self.recipe = knowledge, policy, recipe
-        self._rewritten: dict[Any, tuple[Any, Any]] = {}
+        self._rewritten: dict[Any, tuple[Any, Any, Sequence[Any]]] = {}
 
     def planner(self, *, backward: bool = False) -> Planner:
         """A planner that shares what is known of the leaves."""
@@ -602,20 +604,21 @@ def replacement(eqn: Any, product: Product, operands: Sequence[Any], recipe: Rec
     """The FP8 product of an equation's operands, in the equation's result type."""
     if product.kind == "ragged_dot":
         return _ragged(product, operands, recipe)
+    lhs, rhs = operands
     dims = prods.dimensions(eqn)
     sharding = eqn.params.get("out_sharding")
     if product.role == "weight gradient":
-        y = _weight_gradient(dims, *operands, product.out_dtype, recipe)
+        y = _weight_gradient(dims, lhs, rhs, product.out_dtype, recipe)
     elif product.weight == "rhs":
-        y = _activation_first(product, dims, *operands, sharding, recipe)
+        y = _activation_first(product, dims, lhs, rhs, sharding, recipe)
     else:
         swapped = prods.Dims(*((right, left) for left, right in dims))
         batch, rows, columns = len(dims.batch[0]), len(dims.free[1]), len(dims.free[0])
         order = [*range(batch), *range(batch + rows, batch + rows + columns)]
         order += range(batch, batch + rows)
         if sharding is not None:
-            sharding = _permuted(sharding, np.argsort(order))
-        y = _activation_first(product, swapped, *operands[::-1], sharding, recipe)
+            sharding = _permuted(sharding, [order.index(i) for i in range(len(order))])
+        y = _activation_first(product, swapped, rhs, lhs, sharding, recipe)
         return jnp.transpose(y, order)
     return y if sharding is None else jax.sharding.reshard(y, sharding)
 
@@ -664,7 +667,8 @@ def _weight_gradient(dims, dy, x, out_dtype, recipe) -> jax.Array:
             (x, dims.contract[1], dims.free[1], "k", qt.forward_format(recipe)),
         )
     ]
-    y = gemm_product(*columns, ("n", "k"), out_dtype, num_sms=recipe.num_sms)
+    left, right = columns
+    y = gemm_product(left, right, ("n", "k"), out_dtype, num_sms=recipe.num_sms)
     return y.reshape([v.shape[a] for v, f in ((dy, dims.free[0]), (x, dims.free[1])) for a in f])
 
 
@@ -682,7 +686,7 @@ def _ragged(product: Product, operands, recipe: Recipe) -> jax.Array:
     forward = {"dtype": recipe.dtype, "scale_format": recipe.scale_format}
     gradient = {"dtype": recipe.grad_dtype, "scale_format": recipe.backward_scale_format}
     out_dtype = product.out_dtype if product.out_dtype in checks.OUTPUT_DTYPES else jnp.float32
-    common = {"out_dtype": out_dtype, "num_sms": recipe.num_sms}
+    common: dict[str, Any] = {"out_dtype": out_dtype, "num_sms": recipe.num_sms}
     if product.role == "input gradient":
         _, weight = quantize_weight(rhs, **forward)
         y = grouped_gemm(quantize(lhs, **gradient), weight, sizes, **common)

@@ -160,7 +160,10 @@ class Knowledge:
         return dataclasses.replace(
             self,
             leaves=list(self.leaves),
-            **{k: set(getattr(self, k)) for k in ("varying", "weights", "excluded", "tables")},
+            varying=set(self.varying),
+            weights=set(self.weights),
+            excluded=set(self.excluded),
+            tables=set(self.tables),
         )
 
     def path(self, origin: Origin) -> str:
@@ -310,7 +313,7 @@ class Logits:
 
     def _step(self, eqn, outs, put, spread):
         name, params = eqn.primitive.name, eqn.params
-        x = eqn.invars[0] if eqn.invars else None
+        x: Any = eqn.invars[0] if eqn.invars else None
         if name in _RANKS:
             ranked = tuple(params[_RANKS[name]])
             if len(ranked) == 1:
@@ -442,14 +445,16 @@ def _size(v, axes):
     return math.prod(v.aval.shape[a] for a in axes)
 
 
-class Found(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Found:
     """A product and what becomes of it: at equation `index` of its jaxpr."""
 
     index: int
     product: Product
 
 
-class Nested(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Nested:
     """An equation with jaxprs in which products were found, and where its operands come from."""
 
     index: int
@@ -638,7 +643,9 @@ class Planner:
         known = self.knowledge
         varies = [known.varies(o) for o in operands[:2]]
 
-        reason, role = "", "input gradient" if backward else "forward"
+        reason = ""
+        role: Role = "input gradient" if backward else "forward"
+        weight: Side | None
         if ragged:
             found = ragged_role(eqn, dims)
             role = found or role
@@ -704,7 +711,7 @@ class Planner:
             return "rhs" if varies[0] else "lhs"
         known = self.knowledge
         left, right = (o.leaves for o in origins)
-        if len(left) > 1 and len(right) > 1 and not left.isdisjoint(right):
+        if left and left == right or min(len(left), len(right)) > 1 and left & right:
             return None  # computed from the same activations
         # Neither is known to carry the batch. The more telling signs come first.
         signs = (

@@ -323,7 +323,7 @@ def test_mixture_of_experts_with_ragged_dot():
 
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_model_inside_shard_map(check_vma):
-    mesh = jax.make_mesh((4,), ("d",), devices=jax.devices()[:4])
+    mesh = jax.make_mesh((4,), ("d",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
     params = {"up": normal(1, 64, 128), "down": normal(2, 128, 64)}
     x = normal(3, 256, 64)
 
@@ -387,7 +387,9 @@ INSIDE = {
     "vmap": lambda dot, w, x: jax.vmap(functools.partial(tanh_layer, dot), (None, 0))(
         w, x.reshape(2, 32, 64)
     ).reshape(64, 64),
-    "named_call": lambda dot, w, x: jax.named_call(functools.partial(tanh_layer, dot))(w, x),
+    "named_call": lambda dot, w, x: jax.named_call(functools.partial(tanh_layer, dot), name="a")(
+        w, x
+    ),
     "custom_jvp": lambda dot, w, x: _jvp_function(dot)(w, x),
     "custom_vjp": lambda dot, w, x: _vjp_function(dot)(w, x),
 }
@@ -435,11 +437,10 @@ def test_products_inside(form):
     by_hand = functools.partial(loss, jaxfp8.linear)
     jaxpr = traced(cast, w, x)
     assert (products(jaxpr), dots(jaxpr)) == (1, 0)
-    assert_close(jax.jit(cast)(w, x), by_hand(w, x), ROUNDING)
-    assert_close(cast(w, x), by_hand(w, x), ROUNDING)
     if form == "fori_loop":  # a while: reverse mode refuses it, with or without us
+        assert_close(cast(w, x), by_hand(w, x), ROUNDING)
         return
-    got, want = (jax.jit(jax.grad(f, (0, 1)))(w, x) for f in (cast, by_hand))
+    got, want = (jax.jit(jax.value_and_grad(f, (0, 1)))(w, x) for f in (cast, by_hand))
     assert_close(got, want, 1e-4)
 
 
@@ -447,13 +448,18 @@ def test_the_rule_of_a_custom_vjp_is_ours_and_keeps_its_meaning():
     w, x = normal(0, 64, 64), normal(1, 64, 64)
     cast = autocast(lambda w, x: _vjp_function(jnp.dot)(w, x).sum(), policy=SMALL)
     jaxpr = traced(jax.grad(cast, (0, 1)), w, x)
-    assert (products(jaxpr), dots(jaxpr)) == (3, 0)
-    (jaxpr,) = [
-        traced(
-            jax.grad(autocast(lambda w, x: _jvp_function(jnp.dot)(w, x).sum(), policy=SMALL)), w, x
-        )
-    ]
-    assert products(jaxpr) == 1 and dots(jaxpr) >= 1  # tangents stay linear: JAX transposes them
+    assert (products(jaxpr), dots(jaxpr)) == (4, 0)  # the rule computes the product anew
+
+
+def test_the_rule_of_a_custom_jvp_keeps_its_linear_products():
+    """JAX transposes what depends on a tangent; our operations have no transpose."""
+    w, x = normal(0, 64, 64), normal(1, 64, 64)
+    cast = autocast(lambda w, x: _jvp_function(jnp.dot)(w, x).sum(), policy=SMALL)
+    jaxpr = traced(jax.grad(cast), w, x)
+    assert products(jaxpr) == 1 and dots(jaxpr) >= 1
+    assert_close(
+        jax.grad(cast)(w, x), jax.grad(lambda w: _jvp_function(jnp.dot)(w, x).sum())(w), 0.1
+    )
 
 
 def test_a_custom_vjp_with_integer_arguments():
@@ -480,18 +486,16 @@ def test_equal_layers_share_one_jaxpr():
 def test_remat_policies_take_our_products_for_dots():
     w, x = normal(0, 64, 64), normal(1, 64, 64)
 
-    def grads(policy):
-        def f(w, x):
-            return jnp.sin(
-                jax.checkpoint(lambda w, x: jnp.sin(x @ w) @ w, policy=policy)(w, x)
-            ).sum()
+    for policy in (None, "dots_saveable", "dots_with_no_batch_dims_saveable", "nothing_saveable"):
+        policy = policy and getattr(jax.checkpoint_policies, policy)
 
-        return products(traced(jax.grad(autocast(f, policy=SMALL), (0, 1)), w, x))
+        def f(w, x, policy=policy):
+            layers = jax.checkpoint(lambda w, x: jnp.sin(x @ w) @ w, policy=policy)
+            return jnp.sin(layers(w, x)).sum()
 
-    nothing = grads(None)
-    assert nothing == 2 + 4 + 2
-    for policy in ("dots_saveable", "dots_with_no_batch_dims_saveable"):
-        assert grads(getattr(jax.checkpoint_policies, policy)) == 2 + 4
+        jaxpr = traced(jax.grad(autocast(f, policy=SMALL), (0, 1)), w, x)
+        assert products(jaxpr) == dots(traced(jax.grad(f, (0, 1)), w, x))
+        assert dots(jaxpr) == 0
 
 
 # ------------------------------------------------------------------------------------------------
@@ -517,7 +521,7 @@ def test_gradients_taken_inside_are_the_gradients_taken_outside(recipe):
     inside = autocast(jax.value_and_grad(functools.partial(mlp, jnp.dot)), policy=policy)
     outside = jax.value_and_grad(autocast(functools.partial(mlp, jnp.dot), policy=policy))
     jaxpr = traced(inside, MLP, x)
-    assert products(jaxpr) == products(traced(outside, MLP, x)) == 5  # x needs no gradient
+    assert products(jaxpr) == 5  # x needs no gradient
     assert dots(jaxpr) == 3  # the head, forward and backward
     assert_close(jax.jit(inside)(MLP, x), jax.jit(outside)(MLP, x), 1e-4)
 
@@ -710,7 +714,7 @@ TWO = {"a": normal(0, 64, 96), "b": {"kernel": normal(1, 96, 48)}}
         ({"predicate": lambda p: p.n == 48}, 1),
         ({"predicate": lambda p: True if p.k == 96 else None, "min_k": 1000}, 1),
         ({"predicate": lambda p: p.weight_path == "params['a']"}, 1),
-        ({"predicate": lambda p: p.flops > 2 * 64 * 64 * 80}, 2),
+        ({"predicate": lambda p: p.flops > 2 * 64 * 64 * 80}, 1),
     ],
 )
 def test_policy(changes, ours):
@@ -839,5 +843,5 @@ def test_an_argument_changed_in_place_is_refused():
         box.value = box.value @ w
         return box.value
 
-    with pytest.raises(ValueError, match="changes an argument in place, a Box"):
+    with pytest.raises(ValueError, match=r"the function changes box.* in place"):
         autocast(f)(Box(X), W)

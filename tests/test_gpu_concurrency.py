@@ -38,7 +38,9 @@ def normal(key, *shape):
 def network(width, depth, tokens):
     """A jitted value-and-gradient with many independent FP8 products, and its arguments."""
     x = normal(0, tokens, width)
-    ws = jax.random.normal(jax.random.key(1), (depth, width, width), jnp.float32) / width**0.5
+    keys = jax.random.split(jax.random.key(1), depth)
+    # Weights of their own: XLA puts a slice of one array into a fusion that it captures only if asked to.
+    ws = [jax.random.normal(k, (width, width), jnp.float32) / width**0.5 for k in keys]
     experts = jax.random.normal(jax.random.key(2), (4, width, width), jnp.float32) / width**0.5
     sizes = jnp.array([tokens // 2, 0, tokens // 4, tokens - tokens // 2 - tokens // 4], jnp.int32)
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from . import flax as flax
     from ._autocast import AutocastPolicy as AutocastPolicy
     from ._autocast import autocast as autocast
+    from ._explain import Explanation as Explanation
+    from ._explain import explain as explain
     from ._quantized_array import QuantizedArray as QuantizedArray
     from ._recipe import Recipe as Recipe
     from .kernels.gemm import gemm as gemm
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "AutocastPolicy": "_autocast",
+    "Explanation": "_explain",
     "QuantizedArray": "_quantized_array",
     "Recipe": "_recipe",
     "autocast": "_autocast",
@@ -42,6 +45,7 @@ _MODULES = {
     "dequantize": "kernels.quantize",
     "dot_general": "ops.dot_general",
     "einsum": "ops.einsum",
+    "explain": "_explain",
     "gemm": "kernels.gemm",
     "grouped_gemm": "kernels.grouped_gemm",
     "grouped_wgrad_gemm": "kernels.grouped_gemm",

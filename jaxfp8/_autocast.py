@@ -219,14 +219,18 @@ class Traced:
     Leaves that are no arrays (flags, functions, strings) stay what they are, in arguments and results.
     """
 
-    def __init__(self, fn: Any, args: tuple, kwargs: dict, policy: AutocastPolicy):
+    def __init__(
+        self, fn: Any, args: tuple, kwargs: dict, policy: AutocastPolicy, *, abstract: bool = False
+    ):
+        kinds = (jax.ShapeDtypeStruct,) if abstract else ()
         self.owner, call = _owner(fn)
         everything = (self.owner, args, kwargs)
         paths, tree = jax.tree_util.tree_flatten_with_path(everything)
         leaves = [leaf for _, leaf in paths]
-        where = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
+        where = [i for i, x in enumerate(leaves) if _is_array(x) or isinstance(x, kinds)]
         self.arrays = [leaves[i] for i in where]
         self._everything = everything
+        self._paths = [p for p, _ in paths]
         self._tree, self._leaves, self._where = tree, leaves, where
         static_out: dict[str, Any] = {}
         same_structure: Any = tree
@@ -249,7 +253,7 @@ class Traced:
         self.jaxpr = jax.make_jaxpr(run)(self.arrays)
         self._out = static_out
         self._out["out"] = [None if _is_array(leaf) else leaf for leaf in static_out["out"]]
-        self.knowledge = self._knowledge(fn, args, [p for p, _ in paths], policy)
+        self.knowledge = self._knowledge(fn, args, policy)
 
     def _fill(self, arrays):
         leaves = list(self._leaves)
@@ -257,7 +261,7 @@ class Traced:
             leaves[i] = x
         return leaves
 
-    def _knowledge(self, fn, args, paths, policy) -> Knowledge:
+    def _knowledge(self, fn, args, policy) -> Knowledge:
         names = _argument_names(fn, len(args))
         nums = policy.weight_argnums
         if nums is not None and any(n >= len(args) for n in nums):
@@ -266,7 +270,7 @@ class Traced:
             )
         leaves, varying = [], set()
         for i, position in enumerate(self._where):
-            kind, *rest = paths[position]
+            kind, *rest = self._paths[position]
             text = jax.tree_util.keystr(tuple(rest))
             of_owner = kind.idx == 0
             if kind.idx == 1:
@@ -280,6 +284,11 @@ class Traced:
             ):
                 varying.add(i)
         return Knowledge(leaves, varying, given=nums is not None)
+
+    def argument(self, i: int) -> int | None:
+        """The position of the argument that the i-th array is in."""
+        kind, *rest = self._paths[self._where[i]]
+        return rest[0].idx if kind.idx == 1 else None
 
     def origins(self) -> list[prods.Origin]:
         """Origins of the jaxpr's inputs."""
@@ -395,7 +404,7 @@ class Rewriter:
         if product.reason:
             with jax.named_scope(kept_scope(product.reason)):
                 return _as_is(eqn, operands)
-        with _context(eqn):
+        with _context(eqn), jax.named_scope(fp8_scope(product.weight_path)):
             return [replacement(eqn, product, operands, self.recipe)]
 
     # ---- equations with jaxprs -------------------------------------------------------------------
@@ -590,9 +599,21 @@ def checkpoint_policy(policy: Callable[..., Any]) -> Callable[..., Any]:
     return decide
 
 
+KEPT_SCOPE, FP8_SCOPE = "jaxfp8.kept", "jaxfp8.fp8"
+"""Name scopes of products that autocast left alone (with the reason) and chose (with the weight's path)."""
+
+
 def kept_scope(reason: str) -> str:
     """The name scope of a product that autocast left alone."""
-    return f"jaxfp8.kept[{re.sub(r'[/()]+', ' ', reason)}]"
+    return f"{KEPT_SCOPE}[{re.sub(r'[/()]+', ' ', reason)}]"
+
+
+def fp8_scope(weight_path: str) -> str:
+    """The name scope of a product that autocast chose: profiles show whose it is."""
+    names = [n for n in re.split(r"[.\[\]'\"/()]+", weight_path) if n]
+    if names and names[-1] == "value":  # of an nnx variable
+        names.pop()
+    return f"{FP8_SCOPE}[{'.'.join(names)}]" if names else FP8_SCOPE
 
 
 # ------------------------------------------------------------------------------------------------

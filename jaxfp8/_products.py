@@ -16,7 +16,6 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -539,7 +538,7 @@ class Planner:
         for i, eqn in enumerate(jaxpr.eqns):
             operands = [read(v) for v in eqn.invars]
             name = eqn.primitive.name
-            here = _join(scope, str(eqn.source_info.name_stack))
+            here = join_scopes(scope, str(eqn.source_info.name_stack))
             if name in ("dot_general", "ragged_dot_general"):
                 product = self._product(eqn, operands, axes, here, repeats, jaxpr, read)
                 items.append(Found(i, product))
@@ -639,7 +638,7 @@ class Planner:
         out = eqn.outvars[0]
         dims = dimensions(eqn)
         ragged = eqn.primitive.name == "ragged_dot_general"
-        backward = self.backward or _computes_cotangents(scope)
+        backward = self.backward or computes_cotangents(scope)
         known = self.knowledge
         varies = [known.varies(o) for o in operands[:2]]
 
@@ -756,13 +755,14 @@ class Planner:
         return False
 
 
-def _computes_cotangents(scope: str) -> bool:
+def computes_cotangents(scope: str) -> bool:
     """Whether JAX's names say that an equation belongs to a backward pass, and not to what is recomputed in one."""
     head, found, tail = scope.rpartition("transpose(")
     return bool(found) and "rematted_computation" not in tail
 
 
-def _join(outer: str, inner: str) -> str:
+def join_scopes(outer: str, inner: str) -> str:
+    """The name scopes of an equation, given those of the equation that its jaxpr is in."""
     return f"{outer}/{inner}" if outer and inner else outer or inner
 
 
@@ -797,11 +797,6 @@ def judge_scope_names(product: Product, patterns: Sequence[str]) -> str | None:
     return None
 
 
-def jaxpr_leaves(paths: Sequence[str]) -> list[Leaf]:
-    """Leaves for a function's arguments."""
-    return [Leaf(p, constant=False) for p in paths]
-
-
 def is_data(leaf: Any) -> bool:
     """Whether an argument cannot be a weight: integers, booleans, random keys."""
-    return not jnp.issubdtype(jax.typeof(leaf).dtype, jnp.inexact)
+    return not jnp.issubdtype(leaf.dtype, jnp.inexact)

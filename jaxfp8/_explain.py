@@ -1,0 +1,562 @@
+"""explain: every product of a function and of its gradient, what runs it, and what that costs at best."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import html
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import jaxprs_in_params
+from jax.interpreters import partial_eval
+
+from . import _ffi
+from . import _products as prods
+from ._autocast import FP8_SCOPE, KEPT_SCOPE, AutocastPolicy, Traced, fp8_scope
+from ._roofline import Device, device, nbytes
+from .kernels.gemm import TMA_STRIDE
+
+WOULD_RUN = "jaxfp8.autocast would run it in FP8"
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One product of a program.
+
+    **Arguments:**
+
+    - `name`: its weight's path if autocast chose it, else its name scopes.
+    - `role`: `"forward"`, `"recomputed"` (under remat), `"input gradient"` or `"weight gradient"`.
+    - `operation`: the JAX operation, or the kernel's.
+    - `groups`, `m`, `n`, `k`: sizes; `groups` products of `(m, k) . (k, n)`, or `m` rows in `groups` ragged groups (in
+      a ragged weight gradient, `k` tokens).
+    - `dtype`: `"fp8"`, or the operands' dtype.
+    - `reason`: why it does not run in FP8; empty if it does.
+    - `kernel`, `configuration`, `grid`: what a Hopper GPU launches; empty for XLA's own products.
+    - `repeats`: how often it runs; None inside a while loop.
+    - `flops`, `bytes`: of one run, and of the memory that it reads and writes once.
+    - `seconds`, `bf16_seconds`: of one run at the roofline, and of the same product in bfloat16.
+    """
+
+    name: str
+    role: str
+    operation: str
+    groups: int
+    m: int
+    n: int
+    k: int
+    dtype: str
+    reason: str
+    kernel: str
+    configuration: str
+    grid: tuple[int, ...]
+    repeats: int | None
+    flops: int
+    bytes: int
+    seconds: float
+    bf16_seconds: float
+
+    @property
+    def fp8(self) -> bool:
+        """Whether it runs in FP8."""
+        return self.dtype == "fp8"
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """The products of a program; prints as a table, in notebooks too.
+
+    **Arguments:**
+
+    - `lines`: one for each product, in program order.
+    - `device`: whose configurations and peaks are shown.
+    - `quantizations`: how often a quantizer runs; `quantization_bytes`, `quantization_seconds`: of all of them.
+    - `notes`: what the table cannot show.
+    """
+
+    lines: tuple[Line, ...]
+    device: Device
+    quantizations: int
+    quantization_bytes: int
+    quantization_seconds: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of all products; a while loop's count once."""
+        return sum(line.flops * (line.repeats or 1) for line in self.lines)
+
+    @property
+    def fp8_share(self) -> float:
+        """The share of `flops` that runs in FP8."""
+        ours = sum(line.flops * (line.repeats or 1) for line in self.lines if line.fp8)
+        return ours / self.flops if self.flops else 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Of all products and quantizers at the roofline."""
+        own = sum(line.seconds * (line.repeats or 1) for line in self.lines)
+        return own + self.quantization_seconds
+
+    @property
+    def bf16_seconds(self) -> float:
+        """Of the same products, those in FP8 taken in bfloat16, at the roofline."""
+        return sum(line.bf16_seconds * (line.repeats or 1) for line in self.lines)
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """The lines as dictionaries, such as `pandas.DataFrame` takes."""
+        return [dataclasses.asdict(line) for line in self.lines]
+
+    def totals(self) -> list[str]:
+        """The sums under the table."""
+        ours = sum(line.fp8 for line in self.lines)
+        text = [
+            f"{ours} of {len(self.lines)} products in FP8: {self.fp8_share:.1%} of {_si(self.flops)}FLOP",
+            f"roofline on {self.device.name}: {_time(self.seconds)}, of which quantization "
+            f"{_time(self.quantization_seconds)} ({self.quantizations} passes, {_si(self.quantization_bytes)}B); "
+            f"all in bfloat16: {_time(self.bf16_seconds)}",
+        ]
+        return text + list(self.notes)
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Headings, and cells; equal products share a row."""
+        equal: dict[Any, list[Line]] = collections.defaultdict(list)
+        for line in self.lines:
+            key = dataclasses.replace(line, name=re.sub(r"\d+", "#", line.name))
+            equal[key].append(line)
+        head = ["product", "role", "G x M x N x K", "runs", "FLOP", "kernel, or why not FP8"]
+        head += ["bytes", "roofline", "bf16"]
+        return head, [self._row(lines) for lines in equal.values()]
+
+    @staticmethod
+    def _row(lines: Sequence[Line]) -> list[str]:
+        line, count = lines[0], len(lines)
+        names = list(dict.fromkeys(li.name for li in lines))
+        sizes = f"{line.m} x {line.n} x {line.k}"
+        what = (
+            f"{line.kernel}, {line.configuration}" if line.fp8 else f"{line.dtype}: {line.reason}"
+        )
+        runs = "while" if line.repeats is None else str(count * line.repeats)
+        return [
+            (names[0] or "-") + (f" (and {len(names) - 1} alike)" if len(names) > 1 else ""),
+            line.role,
+            f"{line.groups} x {sizes}" if line.groups > 1 else sizes,
+            runs,
+            _si(line.flops),
+            what,
+            _si(line.bytes),
+            _time(line.seconds),
+            _time(line.bf16_seconds),
+        ]
+
+    def __str__(self) -> str:
+        head, rows = self.table()
+        widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
+        right = {3, 4, 6, 7, 8}
+
+        def write(row):
+            cells = (
+                c.rjust(w) if i in right else c.ljust(w)
+                for i, (c, w) in enumerate(zip(row, widths, strict=True))
+            )
+            return "  ".join(cells).rstrip()
+
+        rule = "-" * len(write(head))
+        return "\n".join([write(head), rule, *map(write, rows), rule, *self.totals()])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        head, rows = self.table()
+
+        def cells(row, tag):
+            return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row) + "</tr>"
+
+        body = "".join(cells(r, "td") for r in rows)
+        totals = "".join(f"<p>{html.escape(t)}</p>" for t in self.totals())
+        return f"<table><thead>{cells(head, 'th')}</thead><tbody>{body}</tbody></table>{totals}"
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterable[Any]:
+        from rich.table import Table
+        from rich.text import Text
+
+        head, rows = self.table()
+        table = Table(header_style="bold")
+        for i, h in enumerate(head):
+            wide = i in (0, 5)
+            table.add_column(h, justify="left" if i in (0, 1, 2, 5) else "right", no_wrap=not wide)
+        for row in rows:
+            ours = not re.match(r"(float|bfloat|int|uint|complex)\d+: ", row[5])
+            table.add_row(*row[:5], Text(row[5], "green" if ours else "yellow"), *row[6:])
+        yield table
+        yield from (Text(t) for t in self.totals())
+
+
+def _si(value: float) -> str:
+    for factor, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.3g} {unit}"
+    return f"{value:.0f} "
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
+
+
+# ------------------------------------------------------------------------------------------------
+# Kernels
+# ------------------------------------------------------------------------------------------------
+
+_XLA_NAMES = {
+    "float8_e4m3fn": "f8e4m3fn",
+    "float8_e5m2": "f8e5m2",
+    "bfloat16": "bf16",
+    "float16": "f16",
+    "float32": "f32",
+    "int32": "s32",
+}
+
+
+@functools.lru_cache(maxsize=4096)
+def _launch(target: str, operands: tuple, results: tuple, num_sms: int, sms: int) -> tuple:
+    """Kernel, configuration and grid of a custom call on a GPU with `sms` multiprocessors."""
+
+    def plan(config):
+        return _ffi._C.plan(
+            target, operands, results, config=config, num_sms=num_sms, device_sms=sms
+        )
+
+    chosen = plan(-1)
+    for i, name in enumerate(_ffi._C.configs(target)):
+        try:
+            other = plan(i)
+        except ValueError:  # a configuration without a kernel for these types
+            continue
+        if (other.kernel, other.cluster) == (chosen.kernel, chosen.cluster):
+            return chosen.kernel, name, chosen.grid
+    return chosen.kernel, f"cluster {'x'.join(map(str, chosen.cluster[:2]))}", chosen.grid
+
+
+def _padded(shape):
+    return (*shape[:-1], -(-shape[-1] // TMA_STRIDE) * TMA_STRIDE)
+
+
+class _Walk:
+    """Collects the products of a jaxpr and of those inside it."""
+
+    def __init__(self, target: Device):
+        self.device = target
+        self.lines: list[Line] = []
+        self.quantizations, self.quantization_bytes = 0, 0
+        self.quantization_seconds = 0.0
+        self.notes: dict[str, None] = {}
+
+    def jaxpr(self, jaxpr: Any, plan: prods.Plan, scope: str, repeats: int | None) -> None:
+        jaxpr, _ = prods.open_jaxpr(jaxpr)
+        items = {item.index: item for item in plan.items}
+        for i, eqn in enumerate(jaxpr.eqns):
+            name, item = eqn.primitive.name, items.get(i)
+            here = prods.join_scopes(scope, str(eqn.source_info.name_stack))
+            if name.startswith("jaxfp8_") and name.endswith("_leaf"):
+                self.leaf(eqn, name.removeprefix("jaxfp8_").removesuffix("_leaf"), here, repeats)
+            elif name in ("dot_general", "ragged_dot_general"):
+                self.plain(eqn, item, here, repeats)
+            elif name == "conv_general_dilated":
+                self.convolution(eqn, here, repeats)
+            elif name == "pallas_call":
+                self.notes["products inside Pallas kernels are not listed"] = None
+            else:
+                self.inside(eqn, item, here, repeats)
+
+    def inside(self, eqn, item, scope, repeats):
+        nothing = prods.Plan(())
+        bodies = prods.bodies(eqn)
+        plans = dict(item.bodies) if item else {}
+        if not bodies:
+            for inner in jaxprs_in_params(eqn.params):
+                self.jaxpr(inner, nothing, scope, repeats)
+        for body in bodies:
+            times = None if repeats is None or body.repeats is None else repeats * body.repeats
+            self.jaxpr(body.jaxpr, plans.get(body.key, nothing), scope, times)
+        if len(bodies) > 1 and eqn.primitive.name == "cond" and plans:
+            self.notes["every branch of a cond is counted"] = None
+
+    # ---- kinds of products -----------------------------------------------------------------------
+
+    def leaf(self, eqn, name, scope, repeats):
+        operands = [(v.aval.shape, np.dtype(v.aval.dtype)) for v in eqn.invars]
+        results = [(v.aval.shape, np.dtype(v.aval.dtype)) for v in eqn.outvars]
+        size = sum(nbytes(*x) for x in operands + results)
+        if "gemm" not in name:
+            times = repeats or 1
+            self.quantizations += times
+            self.quantization_bytes += size * times
+            self.quantization_seconds += times * self.device.seconds(0, size, "fp8")
+            return
+        groups, m, n, k = _product_sizes(name, operands, results)
+        flops = 2 * m * n * k * (1 if "grouped" in name and "masked" not in name else groups)
+        wide = (nbytes(*operands[0]) + nbytes(*operands[2])) * 2 + nbytes(*results[0])
+        kernel, configuration, grid = self.launch(eqn, name, operands, results)
+        backward = prods.computes_cotangents(scope)
+        role = "weight gradient" if "wgrad" in name or "1d1d" in name else "input gradient"
+        if not backward and role == "input gradient":
+            role = "recomputed" if "rematted_computation" in scope else "forward"
+        self.lines.append(
+            Line(
+                name=_display(scope),
+                role=role,
+                operation=name,
+                groups=groups,
+                m=m,
+                n=n,
+                k=k,
+                dtype="fp8",
+                reason="",
+                kernel=kernel,
+                configuration=configuration,
+                grid=grid,
+                repeats=repeats,
+                flops=flops,
+                bytes=size,
+                seconds=self.device.seconds(flops, size, "fp8"),
+                bf16_seconds=self.device.seconds(flops, wide, "bf16"),
+            )
+        )
+
+    def launch(self, eqn, name, operands, results):
+        if any(0 in shape for shape, _ in operands + results):
+            return "none", "empty", ()
+        shapes = [(_padded(s) if i in (0, 2) else s, d) for i, (s, d) in enumerate(operands)]
+        accum = len(operands) > 4 and operands[-1] == results[0]
+        try:
+            return _launch(
+                _ffi.target(f"{name}_accum" if accum else name),
+                tuple((_XLA_NAMES[d.name], s) for s, d in shapes),
+                tuple((_XLA_NAMES[d.name], s) for s, d in results),
+                int(eqn.params["num_sms"]),
+                self.device.sms,
+            )
+        except ValueError as error:
+            self.notes[f"refused on a Hopper GPU: {error}"] = None
+            return "none", "refused on a Hopper GPU", ()
+
+    def plain(self, eqn, item, scope, repeats):
+        product = item.product if item else None
+        kept = re.search(rf"{re.escape(KEPT_SCOPE)}\[([^\]]*)\]", scope)
+        reason = "inside an operation that autocast does not enter"
+        if kept:
+            reason = kept[1]
+        elif product is not None:
+            reason = product.reason or WOULD_RUN
+        dims = prods.dimensions(eqn)
+        if product is None:
+            lhs, rhs = (v.aval.shape for v in eqn.invars[:2])
+            groups = math.prod(lhs[a] for a in dims.batch[0])
+            m, n = (
+                math.prod(s[a] for a in f) for s, f in ((lhs, dims.free[0]), (rhs, dims.free[1]))
+            )
+            k, flops = math.prod(lhs[a] for a in dims.contract[0]), 0
+            flops = 2 * groups * m * n * k
+        else:
+            groups, m, n, k = product.batch, product.m, product.n, product.k
+            flops = product.flops
+        role = product.role if product else "forward"
+        if role == "forward" and "rematted_computation" in scope:
+            role = "recomputed"
+        name = _display(scope)
+        if product is not None and not name:
+            name = _display(fp8_scope(product.weight_path))
+        self.xla(eqn, name, role, (groups, m, n, k), flops, reason, repeats)
+
+    def convolution(self, eqn, scope, repeats):
+        out, kernel = eqn.outvars[0].aval.shape, eqn.invars[1].aval.shape
+        spec = eqn.params["dimension_numbers"]
+        n = out[spec.out_spec[1]]
+        k = math.prod(kernel) // kernel[spec.rhs_spec[0]]
+        m = math.prod(out) // n
+        self.xla(
+            eqn, _display(scope), "forward", (1, m, n, k), 2 * m * n * k, "a convolution", repeats
+        )
+
+    def xla(self, eqn, name, role, sizes, flops, reason, repeats):
+        groups, m, n, k = sizes
+        arrays = [*eqn.invars[:2], *eqn.outvars[:1]]
+        size = sum(nbytes(v.aval.shape, v.aval.dtype) for v in arrays)
+        dtype = np.dtype(eqn.invars[0].aval.dtype)
+        seconds = self.device.seconds(flops, size, "bf16" if dtype.itemsize <= 2 else "tf32")
+        self.lines.append(
+            Line(
+                name=name,
+                role=role,
+                operation=eqn.primitive.name,
+                groups=groups,
+                m=m,
+                n=n,
+                k=k,
+                dtype=dtype.name,
+                reason=reason,
+                kernel="",
+                configuration="",
+                grid=(),
+                repeats=repeats,
+                flops=flops,
+                bytes=size,
+                seconds=seconds,
+                bf16_seconds=seconds,
+            )
+        )
+
+
+def _product_sizes(name, operands, results):
+    lhs, rhs, out = operands[0][0], operands[2][0], results[0][0]
+    if name == "grouped_wgrad_gemm":  # (N, T) . (K, T): tokens without the padding of groups
+        groups, n, k = out
+        return groups, n, k, lhs[1] - groups * 128
+    if name == "grouped_gemm":
+        return rhs[0], lhs[0], rhs[1], lhs[1]
+    return out[0], out[1], out[2], lhs[-1]
+
+
+def _display(scope: str) -> str:
+    """The path of the weight that autocast wrote into a scope, else the scope's own names."""
+    if found := re.search(rf"{re.escape(FP8_SCOPE)}\[([^\]]*)\]", scope):
+        return found[1]
+    scope = re.sub(rf"{re.escape(KEPT_SCOPE)}\[[^\]]*\]", "", scope)
+    names = re.split(r"[/()]+", scope)
+    hidden = ("jvp", "transpose", "vmap", "checkpoint", "rematted_computation")
+    return "/".join(n for n in names if n and n not in hidden and not n.startswith("jaxfp8."))
+
+
+# ------------------------------------------------------------------------------------------------
+# Public function
+# ------------------------------------------------------------------------------------------------
+
+
+def explain(
+    fn: Any,
+    *args: Any,
+    gradient: bool | int | Sequence[int] | None = None,
+    device_kind: str | None = None,
+    **kwargs: Any,
+) -> Explanation:
+    """Every product of `fn(*args, **kwargs)` and of its gradient: in FP8 by which kernel, or why not; and its cost.
+
+    Nothing runs: the function is traced, and kernels are planned for a device kind without the device.
+
+        print(jaxfp8.explain(jaxfp8.autocast(loss), params, batch))
+
+    **Arguments:**
+
+    - `fn`: any JAX function, with or without `jaxfp8.autocast`; a callable pytree of arrays.
+    - `args`, `kwargs`: its arguments; `jax.ShapeDtypeStruct`s will do for arrays.
+    - `gradient`: False leaves the gradient out; True takes it with respect to all floating arrays that are not data,
+      an int or ints with respect to those arguments. None is True unless the function has a gradient in it, or JAX has
+      none of it (a note says so).
+    - `device_kind`: `"h100"`, `"h100-pcie"`, `"h100-nvl"`, `"h200"`, `"h200-nvl"`, `"h800"`, `"h20"`, `"gh200"`, or
+      what JAX calls the device. None is the GPU at hand if it is a Hopper, else `"h100"`.
+
+    **Returns:** an `Explanation`, which prints as a table and holds its lines as data. Times are the roofline's: the
+    longer of FLOPs over the tensor cores' peak and bytes over the memory's; no kernel is faster. Float32 products of
+    XLA's count at the rate of TF32.
+
+    **Raises:** ValueError for an unknown device kind, or a `gradient` that no argument fits; what `fn` raises.
+    """
+    target = device("explain", device_kind)
+    _, policy = getattr(fn, "autocast", (fn, AutocastPolicy()))
+    traced = Traced(fn, args, kwargs, policy, abstract=True)
+    closed, knowledge = traced.jaxpr, traced.knowledge
+    origins = traced.origins()
+    planner = prods.Planner(knowledge, policy.judge, policy.weight)
+    plan, _ = planner.plan(closed, origins)
+    walk = _Walk(target)
+
+    wanted = _differentiated(gradient, closed, traced, knowledge)
+    if isinstance(wanted, str):
+        walk.notes[wanted] = None
+    elif wanted:
+        try:
+            closed = _with_gradient(closed, wanted)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            if gradient is not None:
+                raise
+            walk.notes[f"no gradient: {str(error).splitlines()[0]}"] = None
+    jaxpr, constants = _without_dead_code(closed)
+    origins = [prods.Origin(frozenset({knowledge.add(leaf)})) for leaf in constants] + origins
+    plan, _ = prods.Planner(knowledge, policy.judge, policy.weight).plan(jaxpr, origins)
+    walk.jaxpr(jaxpr, plan, "", 1)
+    return Explanation(
+        lines=tuple(walk.lines),
+        device=target,
+        quantizations=walk.quantizations,
+        quantization_bytes=walk.quantization_bytes,
+        quantization_seconds=walk.quantization_seconds,
+        notes=tuple(walk.notes),
+    )
+
+
+def _floating(aval: Any) -> bool:
+    return jnp.issubdtype(aval.dtype, jnp.floating)
+
+
+def _differentiated(gradient, closed, traced, knowledge) -> list[int] | str:
+    """The inputs to differentiate with respect to; none; or why not."""
+    if gradient is False:
+        return []
+    floats = [i for i, v in enumerate(closed.jaxpr.invars) if _floating(v.aval)]
+    if gradient is None or gradient is True:
+        if gradient is None and _differentiates(closed.jaxpr):
+            return []
+        if not any(_floating(v.aval) for v in closed.jaxpr.outvars):
+            return "no gradient: the function has no floating result"
+        return [i for i in floats if i not in knowledge.varying] or floats
+    nums = gradient if isinstance(gradient, Sequence) else (gradient,)
+    chosen = [i for i in floats if traced.argument(i) in nums]
+    if not chosen:
+        raise ValueError(
+            f"explain: gradient is {gradient!r}; allowed: True, False, None, or positions of arguments with floating "
+            "arrays"
+        )
+    return chosen
+
+
+def _differentiates(jaxpr: Any) -> bool:
+    """Whether a program computes cotangents itself."""
+    for eqn in prods.open_jaxpr(jaxpr)[0].eqns:
+        if "transpose(" in str(eqn.source_info.name_stack):
+            return True
+        if any(_differentiates(body.jaxpr) for body in prods.bodies(eqn)):
+            return True
+    return False
+
+
+def _with_gradient(closed: Any, wanted: Sequence[int]) -> Any:
+    """The program that also computes the cotangents of some inputs."""
+    results = [i for i, v in enumerate(closed.jaxpr.outvars) if _floating(v.aval)]
+
+    def run(*arrays):
+        def f(*moving):
+            filled = list(arrays)
+            for i, x in zip(wanted, moving, strict=True):
+                filled[i] = x
+            out = jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *filled)
+            return [out[i] for i in results], out
+
+        ys, pull, out = jax.vjp(f, *(arrays[i] for i in wanted), has_aux=True)
+        return out, pull([jnp.ones_like(y) for y in ys])
+
+    return jax.make_jaxpr(run)(*(v.aval for v in closed.jaxpr.invars))
+
+
+def _without_dead_code(closed: Any) -> tuple[Any, list[prods.Leaf]]:
+    """The program without what no result needs; constants come before its inputs."""
+    jaxpr = closed.jaxpr
+    opened = jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
+    live, _ = partial_eval.dce_jaxpr(opened, [True] * len(jaxpr.outvars), instantiate=True)
+    return live, [prods.Leaf("", constant=True)] * len(jaxpr.constvars)

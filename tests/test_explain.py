@@ -1,0 +1,210 @@
+"""explain lists each product of a function and of its gradient, by what runs it, and adds up."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+import jaxfp8
+from jaxfp8 import _C, AutocastPolicy, autocast, explain
+
+D, F, E, T, LAYERS = 256, 512, 4, 1024, 3
+
+
+def struct(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+PARAMS = {
+    "embed": struct(1024, D),
+    "layers": {"q": struct(LAYERS, D, D), "up": struct(LAYERS, D, F), "down": struct(LAYERS, F, D)},
+    "router": struct(D, E),
+    "experts": struct(E, D, D),
+    "lm_head": struct(D, 1024),
+}
+TOKENS = struct(2, T // 2, dtype=jnp.int32)
+
+
+def loss(params, tokens):
+    x = params["embed"][tokens].reshape(T, D)
+
+    def layer(x, p):
+        q = x @ p["q"]
+        x = x + jax.nn.softmax(q @ q.T) @ q
+        return x + jax.nn.silu(x @ p["up"]) @ p["down"], None
+
+    x, _ = lax.scan(jax.checkpoint(layer), x, params["layers"])
+    expert = jnp.argmax(x @ params["router"], -1)
+    sizes = jnp.bincount(expert, length=E).astype(jnp.int32)
+    x = lax.ragged_dot(x[jnp.argsort(expert)], params["experts"], sizes)
+    return -jax.nn.log_softmax(x @ params["lm_head"]).mean()
+
+
+@pytest.fixture(scope="module")
+def explained():
+    return explain(autocast(loss), PARAMS, TOKENS, device_kind="h100")
+
+
+def lines(explanation, **wanted):
+    return [
+        line for line in explanation.lines if all(getattr(line, k) == v for k, v in wanted.items())
+    ]
+
+
+def test_every_product_of_the_function_and_its_gradient_is_listed(explained):
+    def roles(name):
+        return sorted(line.role for line in lines(explained, name=name))
+
+    gradients = ["input gradient", "weight gradient"]
+    assert roles("params.layers.up") == ["forward", *gradients[:1], "recomputed", gradients[1]]
+    assert roles("params.layers.down") == ["forward", *gradients]  # no one needs it recomputed
+    assert roles("params.experts") == ["forward", *gradients]
+    assert roles("params.lm_head") == [
+        "forward",
+        "input gradient",
+    ]  # of the third, no operand is a weight
+    assert {line.repeats for line in lines(explained, name="params.layers.q")} == {LAYERS}
+
+
+def test_sizes_and_flops(explained):
+    (up,) = lines(explained, name="params.layers.up", role="forward")
+    assert (up.groups, up.m, up.n, up.k) == (1, T, F, D)
+    assert up.flops == 2 * T * F * D
+    assert up.bytes == T * D + 4 * T * 2 + D * F + 4 * 2 * 4 + 2 * T * F  # data, scales, result
+    (expert,) = lines(explained, name="params.experts", role="forward")
+    assert (expert.groups, expert.m, expert.n, expert.k) == (E, T, D, D)
+    assert expert.flops == 2 * T * D * D
+    (dw,) = lines(explained, name="params.experts", role="weight gradient")
+    assert (dw.groups, dw.m, dw.n, dw.k, dw.flops) == (E, D, D, T, 2 * T * D * D)
+    (dense,) = lines(explained, name="params.layers.up", role="weight gradient")
+    assert (dense.m, dense.n, dense.k) in ((D, F, T), (F, D, T))
+
+
+def test_kernels_are_those_that_a_launch_would_take(explained):
+    for line in explained.lines:
+        assert bool(line.kernel) == line.fp8
+        if line.fp8:
+            assert line.configuration in _C.configs(f"jaxfp8_{line.operation}_v1")
+            assert line.configuration.split()[0] in line.kernel
+            assert math.prod(line.grid) <= 132
+    (up,) = lines(explained, name="params.layers.up", role="forward")
+    (dw,) = lines(explained, name="params.layers.up", role="weight gradient")
+    assert up.kernel.startswith("gemm_1d2d") and dw.kernel.startswith("gemm_1d1d")
+
+
+def test_why_not(explained):
+    def reason(**wanted):
+        return {line.reason for line in lines(explained, **wanted)}
+
+    assert reason(name="params.lm_head") == {
+        "head or router: its result is ranked or normalized across features"
+    }
+    others = {line.reason for line in explained.lines if not line.fp8}
+    assert "both operands vary with the batch" in others
+    assert all(line.reason for line in explained.lines if not line.fp8)
+
+
+def test_totals_add_up(explained):
+    total = sum(line.flops * line.repeats for line in explained.lines)
+    ours = sum(line.flops * line.repeats for line in explained.lines if line.fp8)
+    assert explained.flops == total
+    assert explained.fp8_share == ours / total
+    assert 0.3 < explained.fp8_share < 1
+    products = sum(line.seconds * line.repeats for line in explained.lines)
+    assert explained.seconds == pytest.approx(products + explained.quantization_seconds)
+    assert explained.quantizations > 0
+
+
+def test_times_are_the_rooflines(explained):
+    for line in lines(explained, operation="gemm_1d2d"):
+        assert line.seconds == max(line.flops / 1979e12, line.bytes / 3.35e12)
+    other = explain(autocast(loss), PARAMS, TOKENS, device_kind="NVIDIA H20")
+    assert other.device.sms == 78 and other.seconds > explained.seconds
+
+
+def test_a_function_without_autocast_shows_what_it_would_change():
+    plain = explain(loss, PARAMS, TOKENS, gradient=False, device_kind="h100")
+    assert plain.fp8_share == 0
+    (up,) = lines(plain, name="params.layers.up")
+    assert up.reason == "jaxfp8.autocast would run it in FP8" and up.dtype == "bfloat16"
+    assert {line.role for line in plain.lines} == {"forward"}
+
+
+def test_the_operations_are_found_where_they_are_called_by_hand():
+    def f(w, x):
+        return jaxfp8.linear(x, w).astype(jnp.float32).sum()
+
+    found = explain(f, struct(D, F), struct(T, D), gradient=0)
+    assert [line.operation for line in found.lines] == ["gemm_1d2d", "gemm_1d1d"]
+    assert found.fp8_share == 1
+    both = explain(f, struct(D, F), struct(T, D), gradient=(0, 1))
+    assert len(both.lines) == 3
+
+
+def test_a_function_that_differentiates_itself_is_listed_once():
+    step = jax.value_and_grad(autocast(loss))
+    inside, outside = explain(step, PARAMS, TOKENS), explain(autocast(loss), PARAMS, TOKENS)
+    assert sorted(line.flops for line in lines(inside, dtype="fp8")) == sorted(
+        line.flops for line in lines(outside, dtype="fp8")
+    )
+
+
+def test_what_has_no_gradient_is_said():
+    def search(x, w):
+        return lax.while_loop(lambda y: y.sum() < 0, lambda y: y @ w, x)
+
+    square = struct(D, D)
+    found = explain(autocast(search), square, square)
+    assert len(found.lines) == 1 and found.lines[0].repeats is None
+    assert any(n.startswith("no gradient: ") for n in found.notes)
+    with pytest.raises(ValueError):
+        explain(autocast(search), square, square, gradient=True)
+    assert "no floating result" in explain(lambda x: x.sum().astype(int), square).notes[0]
+
+
+def test_types_without_a_kernel_are_said_to_be_refused():
+    recipe = jaxfp8.Recipe(dtype=jnp.float8_e5m2)
+    found = explain(
+        lambda x, w: jaxfp8.linear(x, w, recipe=recipe), struct(T, D), struct(D, F), gradient=False
+    )
+    assert found.lines[0].configuration == "refused on a Hopper GPU"
+    assert any("refused" in n for n in found.notes)
+
+
+def test_policy_of_the_function_is_the_one_that_judges():
+    policy = AutocastPolicy(exclude=("up",))
+    (up,) = lines(
+        explain(autocast(loss, policy=policy), PARAMS, TOKENS, gradient=False), m=T, n=F, k=D
+    )
+    assert up.reason == "excluded by name: up"
+
+
+def test_convolutions_are_listed():
+    def f(x, w):
+        return lax.conv(x, w, (1, 1), "SAME")
+
+    (line,) = explain(f, struct(2, 8, 16, 16), struct(32, 8, 3, 3), gradient=False).lines
+    assert (line.reason, line.m, line.n, line.k) == ("a convolution", 2 * 16 * 16, 32, 8 * 9)
+
+
+def test_printed_forms(explained):
+    text = str(explained)
+    assert "params.layers.up" in text and "products in FP8" in text
+    assert explained._repr_html_().count("<tr>") == len(text.splitlines()) - 2 - len(
+        explained.totals()
+    )
+    assert explained.to_dicts()[0]["flops"] == explained.lines[0].flops
+    rich = pytest.importorskip("rich.console")
+    console = rich.Console(width=200, record=True, file=open("/dev/null", "w"))
+    console.print(explained)
+    assert "params.layers.up" in console.export_text()
+
+
+def test_refuses():
+    x = struct(D, D)
+    with pytest.raises(ValueError, match="device is 'b200'; allowed: h100"):
+        explain(jnp.dot, x, x, device_kind="b200")
+    with pytest.raises(ValueError, match="gradient is 2; allowed: True, False, None, or positions"):
+        explain(jnp.dot, x, x, gradient=2)

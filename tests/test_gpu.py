@@ -12,12 +12,14 @@ import jaxfp8
 from tests import kernel_cases as cases
 from tests import oracle
 from tests import oracle_quantize as oq
+from tests.emulated_platform import emulated_platform
+from tests.emulator.tensor_core import hopper_arithmetic
 
 pytestmark = pytest.mark.gpu
 
-# The tensor core keeps about 14 bits of a sum inside a block of 128 and cuts the rest off (DeepSeek-V3, arXiv
-# 2412.19437, 3.3.2). benchmarks/gpu_errors.py, on an H100: 1.3e-4 norm-wise for zero-mean products, 6.6e-4 where all
-# products of a sum have one sign, whatever K.
+# The tensor core keeps 14 bits of a sum inside a block of 128 and cuts the rest off (tests/emulator/tensor_core.py).
+# benchmarks/gpu_errors.py, on an H100: 1.3e-4 norm-wise for zero-mean products, 6.6e-4 where all products of a sum have
+# one sign, whatever K.
 F32 = 1e-3
 BF16 = 5e-3
 BOTH = [jnp.bfloat16, jnp.float32]
@@ -163,6 +165,32 @@ def test_linear_trains(cpu, recipe, dtype):
 @pytest.mark.parametrize("groups", cases.GROUPS)
 def test_ragged_dot_trains(cpu, groups):
     assert_products_agree(cpu, lambda: cases.train_ragged_dot(groups))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: cases.gemm((130, 136, 272), out_dtype=jnp.float32),
+        lambda: cases.gemm((257, 130, 384)),
+        lambda: cases.gemm((65, 127, 250), square=False, out_dtype=jnp.float32),
+        lambda: cases.gemm((130, 136, 272), dtypes=(cases.E5M2, cases.E4M3), out_dtype=jnp.float32),
+        lambda: cases.gemm((131, 137, 272), square=False, out_dtype=jnp.float32, accum=True),
+        lambda: cases.grouped("unequal", out_dtype=jnp.float32),
+        lambda: cases.masked(130, [128, 129, 130], out_dtype=jnp.float32),
+        lambda: cases.grouped_wgrad("unequal", accum=True),
+        lambda: cases.train_linear((130, 200, 136)),
+        lambda: cases.train_ragged_dot("fewer than M"),
+    ],
+)
+def test_products_equal_the_emulator_to_the_bit(cpu, build):
+    """Of one program: the GPU, and the kernels' PTX under the tensor core's arithmetic."""
+    with jax.default_device(cpu):
+        run = build()
+    got = {name: np.asarray(v) for name, v in run().items()}
+    with jax.default_device(cpu), hopper_arithmetic(), emulated_platform():
+        want = {name: np.asarray(v) for name, v in run().items()}
+    for name, v in want.items():
+        np.testing.assert_array_equal(got[name].view(np.uint8), v.view(np.uint8), err_msg=name)
 
 
 def test_nonfinite_blocks_stay_visible(cpu):

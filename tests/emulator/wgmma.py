@@ -6,8 +6,8 @@ write its A registers or overwrite its operands in shared memory.
 
 A product is summed exactly enough to be independent of order: operands and accumulator in float64,
 one rounding to the accumulator's type at the end of each instruction. The tensor cores of Hopper
-keep fewer bits (about 14 of the fraction for FP8 operands), so no bit equality with a GPU can be
-expected.
+keep 14 bits for FP8 operands: inside `tensor_core.hopper_arithmetic()` so does the emulator, and its
+results are a GPU's to the bit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import alu
+from . import alu, tensor_core
 from .errors import (
     BarrierMisuse,
     DescriptorError,
@@ -365,15 +365,16 @@ class MultiplyInstruction(Special):
         else:
             a = self._operand(cta, entry.a, 64, self.a_transposed, self.a_type)
         b = self._operand(cta, entry.b, self.n, self.b_transposed, self.b_type)
-        product = a @ b.T
-        if self.sign < 0:
-            product = -product
+        product = self.sign * (a @ b.T)
+        hopper = self.fp8 and self.d_type == "f32" and tensor_core.in_use()
         # Element (row, column) is held by warp row/16, lane 4*(row%8) + column%8/2, register
         # 4*(column/8) + 2*(row%16/8) + column%2 (PTX ISA 9.7.15.5.2, "D fragments").
         tiles = product.reshape(4, 2, 8, self.n // 8, 4, 2)
         if self.d_type == "f32":
             result = tiles.transpose(3, 1, 5, 0, 2, 4).reshape(self.n // 2, 128)
-            if entry.accumulate:
+            if hopper:
+                result = self._as_hopper(a, b, file[self.d_rows, threads], entry.accumulate, result)
+            elif entry.accumulate:
                 result = result + file[self.d_rows, threads].view(np.float32)
             rounded = result.astype(np.float32)
             rounded[np.isnan(rounded)] = alu.CANONICAL_NAN
@@ -386,6 +387,19 @@ class MultiplyInstruction(Special):
             rounded16 = np.ascontiguousarray(result.astype(np.float16))
             file[self.d_rows, threads] = rounded16.view(np.uint32).reshape(self.n // 4, 128)
         cta.cluster.report.wgmma += 1
+
+    def _as_hopper(self, a, b, registers, accumulate, exact):
+        """The accumulator registers [n / 2, 128] after an FP8 product, rounded as the hardware does."""
+        shape, order = (self.n // 8, 2, 2, 4, 8, 4), (3, 1, 5, 0, 2, 4)
+        old = None
+        if accumulate:
+            held = np.ascontiguousarray(registers).view(np.float32).astype(np.float64)
+            old = held.reshape(shape).transpose(np.argsort(order)).reshape(64, self.n)
+        if not (np.isfinite(exact).all() and (old is None or np.isfinite(old).all())):
+            return exact if old is None else exact + held
+        total = tensor_core.multiply(self.sign * a, b, old, (self.a_type, self.b_type))
+        tiles = total.reshape(4, 2, 8, self.n // 8, 4, 2)
+        return tiles.transpose(order).reshape(self.n // 2, 128)
 
     def _decode(self, raw: np.ndarray, kind: str) -> np.ndarray:
         """Bytes in their last axis to float64 values."""

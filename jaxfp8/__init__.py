@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from . import checkpoint_policies as checkpoint_policies
     from . import equinox as equinox
     from . import flax as flax
+    from . import maxtext as maxtext
+    from . import qwix as qwix
+    from . import tokamax as tokamax
     from ._autocast import AutocastPolicy as AutocastPolicy
     from ._autocast import autocast as autocast
     from ._explain import Explanation as Explanation
@@ -61,7 +64,7 @@ _MODULES = {
 __all__ = [*sorted(_MODULES), "__version__"]
 
 # Not in __all__: each needs its framework (`pip install 'jaxfp8[frameworks]'`).
-_INTEGRATIONS = ("equinox", "flax")
+_INTEGRATIONS = ("equinox", "flax", "maxtext", "qwix", "tokamax")
 
 
 def __getattr__(name: str) -> Any:

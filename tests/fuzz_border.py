@@ -410,7 +410,7 @@ def draw(seed: int, number: int) -> Call:
 
 
 _NAMED = re.compile(
-    r"(?P<attribute>attribute \w+) is |(?P<array>\w+) (?:is|has) |\d+ (?P<count>operands|results);"
+    r"(?P<attribute>attribute \w+) is |(?P<array>\w+) (?:is|has|and rhs both have) |\d+ (?P<count>operands|results);"
 )
 
 

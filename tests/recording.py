@@ -21,8 +21,8 @@ from tests.ffi_frames import Error, Frame
 
 ROOT = Path(__file__).parent.parent
 _SOURCE = ROOT / "tests" / "native" / "recording_driver.cc"
-# What a recorded image holds: the header that tells a cubin from anything else.
-IMAGE = b"\x7fELF recorded"
+# What a recorded image holds: the header of a 64-bit ELF file with nothing in it.
+IMAGE = b"\x7fELF\x02" + bytes(59)
 
 ENTRY_POINTS = (
     "cuInit", "cuDriverGetVersion", "cuGetErrorName", "cuGetErrorString", "cuDeviceGetAttribute",

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from jaxfp8 import _C, _ffi
+from tests import custom_calls
 from tests.emulator import driver as emulator
 from tests.emulator.driver import ENTRY_POINTS, EmulatedDriver
 
@@ -243,24 +244,56 @@ def test_shared_memory_that_is_refused_names_the_size(recording):
     run(gemm())
 
 
-@pytest.mark.parametrize(
-    "content", [None, b"", b"\x7fEL", b"not a cubin, but long enough to hold one"]
-)
-def test_a_missing_or_corrupt_image_is_named(recording, tmp_path, content):
+ELF = b"\x7fELF\x02" + bytes(59)  # whole, with nothing in it
+
+
+def with_image(directory, content):
+    """The message of a call whose kernels are a file with `content`."""
     if content is not None:
-        (tmp_path / "quantize_rows.cubin").write_bytes(content)
-    _C.set_image_directory(str(tmp_path))
+        (directory / "quantize_rows.cubin").write_bytes(content)
+    _C.set_image_directory(str(directory))
     try:
-        message = error_of()
+        return error_of()
     finally:
         _C.set_image_directory(str(_ffi.image_directory()))
-    assert str(tmp_path) in message
-    assert "quantize_rows.cubin" in message
-    if content:
-        assert "CUDA_ERROR_INVALID_IMAGE: device kernel image is invalid" in message
-    else:
-        assert "UNAVAILABLE" in message
+
+
+@pytest.mark.parametrize("content", [None, b""])
+def test_a_missing_image_is_named(recording, tmp_path, content):
+    message = with_image(tmp_path, content)
+    assert "UNAVAILABLE" in message
+    assert f"quantize_rows.cubin are not in {tmp_path}" in message
     assert not recording.take_errors()
+
+
+def damaged():
+    """Images that the driver, which is told no size, would read past their ends."""
+    yield from (b"\x7fEL", b"not a cubin, but long enough to hold one" * 3, ELF[:-1])
+    past = (1 << 40).to_bytes(8, "little")
+    for at in (32, 40):  # offsets of the program and section headers; then one of each
+        yield ELF[:at] + past + ELF[at + 8 : 54] + b"\x38\0\1\0\x40\0\1\0\0\0"
+    yield ELF[:58] + b"\x08\0\1\0\0\0"  # section headers too short to be any
+    if _ffi.images():
+        whole = (_ffi.image_directory() / "quantize_rows.cubin").read_bytes()
+        yield from (whole[: len(whole) // 2], whole[:-1], whole[:100])
+
+
+@pytest.mark.parametrize("content", list(damaged()), ids=lambda content: f"{len(content)} bytes")
+def test_a_damaged_image_never_reaches_the_driver(recording, tmp_path, content):
+    message = with_image(tmp_path, content)
+    assert "UNAVAILABLE" in message
+    assert f"{tmp_path}/quantize_rows.cubin are damaged, {len(content)} bytes" in message
+    assert message.endswith("reinstall the package")
+    assert "cuLibraryLoadData" not in recording.calls
+    if _ffi.images():
+        run()
+
+
+def test_an_image_that_the_driver_refuses_is_named(recording, tmp_path):
+    message = with_image(tmp_path, ELF)
+    assert f"cuLibraryLoadData({tmp_path}/quantize_rows.cubin" in message
+    assert "CUDA_ERROR_INVALID_IMAGE: device kernel image is invalid" in message
+    assert "reinstall the package" in message
     if _ffi.images():
         run()
 
@@ -344,6 +377,27 @@ def test_devices_share_the_code_and_are_prepared_one_by_one(two_devices):
     once, twice = ("cuLibraryLoadData", "cuLibraryGetKernel"), ("cuKernelSetAttribute",)
     assert [two_devices.calls.count(name) for name in once] == [1, 1]
     assert [two_devices.calls.count(name) for name in twice] == [2]
+
+
+@needs_kernels
+def test_four_devices_compute_at_once():
+    """Each thread calls on a stream of its own device; kernels run, results are checked."""
+    targets = ("jaxfp8_quantize_both_v1", "jaxfp8_grouped_gemm_v1")
+    ready = threading.Barrier(4)
+
+    def work(device):
+        rng = np.random.default_rng(device)
+        calls = [custom_calls.DRAWS[target](rng, most=40) for target in targets]
+        ready.wait()
+        for call in calls:
+            call.check(call.run(stream=device + 1))
+
+    with EmulatedDriver(_ffi.image_directory(), num_devices=4) as driver:
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, range(4)))
+    devices = [launch.device for launch in driver.launches]
+    assert [devices.count(d) for d in range(4)] == [len(targets)] * 4
+    assert not driver.take_errors()
 
 
 @needs_kernels

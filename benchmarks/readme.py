@@ -1,0 +1,211 @@
+"""Writes the README's figures from benchmarks/results, so that they cannot disagree.
+
+    python benchmarks/readme.py [--check]
+
+What stands between the two `measured` comments of README.md is replaced by the tables of the newest speed-*.json of
+each device, the newest correct-*.json, and train-cpu-*.json. `--check` only compares.
+"""
+
+import argparse
+import json
+import math
+import pathlib
+import re
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- measured: python benchmarks/readme.py writes this -->", "<!-- /measured -->"
+
+
+def newest(pattern):
+    """Contents of the newest matching result of each device, by device."""
+    found = {}
+    for path in sorted((ROOT / "benchmarks/results").glob(pattern)):
+        result = json.loads(path.read_text())
+        if result["device"] not in found or result["date"] >= found[result["device"]]["date"]:
+            found[result["device"]] = result
+    return found
+
+
+def rows_of(result, section):
+    return result["sections"].get(section, {}).get("results") or []
+
+
+def geomean(values):
+    values = list(values)
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def table(header, rows):
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+PEERS = {"cublaslt block": "cuBLASLt, same scaling", "deepgemm": "DeepGEMM", "torch bf16": "bf16"}
+
+
+def products(result):
+    kernels = rows_of(result, "kernels")
+    families = {
+        "forward": "forward, 128x128 weight blocks, bf16 out",
+        "dgrad": "input gradient",
+        "wgrad": "weight gradient, float32 out",
+        "ragged": "ragged groups, forward",
+        "ragged wgrad": "ragged groups, weight gradient",
+        "masked": "masked groups",
+        "inference": "1 to 128 rows",
+    }
+    rows = []
+    for family, name in families.items():
+        some = [r for r in kernels if r["family"] == family]
+        if not some:
+            continue
+        times = [r["microseconds"] for r in some]
+        cells = [name, str(len(some)), f"{geomean(r['tflops']['ours'] for r in some):.0f}"]
+        cells.append(f"{max(r['tflops']['ours'] for r in some):.0f}")
+        for peer in PEERS:
+            ratios = [t[peer] / t["ours"] for t in times if peer in t]
+            cells.append(f"{geomean(ratios):.2f}x ({len(ratios)})" if ratios else "")
+        rows.append(cells)
+    header = ["products", "shapes", "TFLOP/s, geometric mean", "best"]
+    return table(header + [f"over {name}" for name in PEERS.values()], rows)
+
+
+def layers(result):
+    rows = []
+    for row in rows_of(result, "layers"):
+        if row["mode"] == "train":
+            peers = [f"{t / row['ms']['fp8']:.2f}x {p}" for p, t in row["ms"].items() if p != "fp8"]
+            rows.append([row["case"], f"{row['ms']['fp8']:.2f}", ", ".join(peers)])
+    return table(["layer, forward and backward", "FP8, ms", "speedup over"], rows)
+
+
+def quantizers(result):
+    groups = {}
+    for row in rows_of(result, "quantizers"):
+        kind = re.match(r"(?:quantize_)?(.*?)_(?:bf16|f16|f32)", row["kernel"]).group(1)
+        groups.setdefault(kind, []).append(row["of_copy"])
+    spans = [
+        f"{kind.replace('_', ' ')} {min(v):.2f} to {max(v):.2f}"
+        if len(v) > 1
+        else f"{kind.replace('_', ' ')} {v[0]:.2f}"
+        for kind, v in groups.items()
+    ]
+    return "; ".join(spans)
+
+
+def wrap(text, width=120):
+    lines, line = [], ""
+    for word in text.split():
+        if line and len(line) + 1 + len(word) > width:
+            lines.append(line)
+            line = word
+        else:
+            line = f"{line} {word}".strip()
+    return [*lines, line]
+
+
+def speed(result):
+    ceiling = result["sections"].get("ceilings", {}).get("results") or {}
+    text = f"### Speed on one {result['device']}"
+    lines = [text, ""]
+    lines += wrap(
+        f"Driver {result['driver']}, CUDA {ceiling.get('cuda')}, jax {result['jax']}, torch {ceiling.get('torch')}, "
+        f"{result['date']}, commit {result['commit']}; `python benchmarks/speed.py OUT`. Kernels: device time of "
+        "single launches with a cold L2, clocks and power as found; peers in the same process on the same data; ratios "
+        "are geometric means over the shapes that the peer takes. "
+        f"Measured ceilings of this device: {ceiling.get('fp8_tflops', 0):.0f} TFLOP/s (cuBLASLt FP8, one scale a "
+        f"tensor, 8192^3), {ceiling.get('bf16_tflops', 0):.0f} (bf16), "
+        f"{ceiling.get('copy_gb_per_s', 0):.0f} GB/s (copy)."
+    )
+    lines += ["", *products(result), ""]
+    if rows_of(result, "quantizers"):
+        lines += wrap(f"Quantizers, of a device copy's bandwidth: {quantizers(result)}.") + [""]
+    if rows_of(result, "layers"):
+        lines += wrap("Layers through JAX, quantization included (tokens x in x out):") + [""]
+        lines += [*layers(result), ""]
+    return lines
+
+
+def correctness(result):
+    errors = result["errors"]
+    by_input = {
+        kind: max(r["norm_wise"] for r in errors if r["inputs"] == kind)
+        for kind in ("normal", "positive", "outliers")
+    }
+    element = max(r["element"]["max"] for r in errors)
+    tests = [
+        f"{name} ({step['result'].split(' in ')[0]})"
+        for name, step in result["steps"].items()
+        if re.search(r"\d+ passed", step["result"])
+    ]
+    clean = [n for n, step in result["steps"].items() if n.endswith("check") and not step["exit"]]
+    lines = ["### Accuracy", ""]
+    lines += wrap(
+        f"On one {result['device']} (driver {result['driver']}, jax {result['jax']}, {result['date']}, commit "
+        f"{result['commit']}; `tests/gpu_check.sh OUT`). Quantization has the same bits on every platform. Products, "
+        f"norm-wise, against float64 on the dequantized inputs, K = 32 to 16384: at most {by_input['normal']:.1e} for "
+        f"zero-mean data, {by_input['positive']:.1e} where all products have one sign, {by_input['outliers']:.1e} with "
+        f"outliers; any one element within {element:.1e} of sum |lhs| |rhs|. The tensor core keeps 14 bits inside a "
+        "block of 128; the emulator of the tests has that arithmetic to the bit. The portable lowering is within 2e-6. "
+        f"GPU tests: {', '.join(tests)}. Clean under compute-sanitizer: {', '.join(sorted(clean))}."
+    )
+    for kind, summary in result["train"].items():
+        name = "mixture of experts" if "moe" in kind else "dense"
+        bf16, fp8 = (summary[n]["mean_validation_loss"] for n in ("bf16", "fp8"))
+        lines += [""] * (kind == "train") + wrap(
+            f"`examples/train_lm.py --size {summary['settings']['size']}`, {name}, {summary['parameters'] / 1e6:.0f} M "
+            f"parameters, {summary['settings']['steps']} steps on the GPU: validation loss {bf16:.4f} "
+            f"in BF16, {fp8:.4f} in FP8, relative error {100 * summary['relative_loss_error']:.2f} %."
+        )
+    return [*lines, ""]
+
+
+def training(result):
+    cells = {}
+    for run in result["runs"]:
+        cells.setdefault(run["model"], []).append(f"{100 * run['signed_relative_loss_error']:+.2f}")
+    parts = [
+        f"{model} {', '.join(v)} % (mean of the absolute errors "
+        f"{100 * result['mean_relative_loss_error'][model]:.2f} %)"
+        for model, v in cells.items()
+    ]
+    return [
+        *wrap(
+            "Default models of `examples/train_lm.py` on a CPU, seeds 0, 1 and 2, validation loss of FP8 against BF16 "
+            f"(mean of the last quarter of the evaluations): {'; '.join(parts)}."
+        ),
+        "",
+    ]
+
+
+def measured():
+    lines = []
+    for result in newest("speed-NVIDIA-*.json").values():
+        lines += speed(result)
+    for result in newest("correct-NVIDIA-*.json").values():
+        lines += correctness(result)
+    for result in newest("train-cpu-*.json").values():
+        lines += training(result)
+    return "\n".join(lines).strip()
+
+
+def replaced(text):
+    begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    return f"{text[:begin]}\n{measured()}\n{text[end:]}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    path = ROOT / "README.md"
+    text = path.read_text()
+    new = replaced(text)
+    if not parser.parse_args().check:
+        path.write_text(new)
+    elif text != new:
+        sys.exit("README.md differs from benchmarks/results: run python benchmarks/readme.py")
+
+
+if __name__ == "__main__":
+    main()

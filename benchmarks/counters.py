@@ -84,43 +84,55 @@ def launch(arguments, peers):
     pathlib.Path(arguments.labels).write_text(json.dumps(labels))
 
 
+COUNTERS = {
+    "nanoseconds": "gpu__time_duration.sum",
+    "sm_hz": "gpc__cycles_elapsed.avg.per_second",
+    "cycles": "gpc__cycles_elapsed.max",
+    "tensor_pipe_percent": "sm__pipe_tensor_type_hmma_hgmma_qgmma_imma_igmma_bmma_bgmma_cycles_active"
+    ".avg.pct_of_peak_sustained_elapsed",
+    "issue_slots_percent": "sm__issue_active.avg.pct_of_peak_sustained_elapsed",
+    "dram_percent": "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed",
+    "dram_bytes_per_second": "dram__bytes.sum.per_second",
+    "l2_percent": "lts__throughput.avg.pct_of_peak_sustained_elapsed",
+    "l1_and_shared_percent": "l1tex__throughput.avg.pct_of_peak_sustained_active",
+}
+
+
 def number(text):
     try:
-        return float(text.replace(",", ""))
+        return float((text or "").replace(",", ""))
     except ValueError:
         return None
 
 
 def read(text, labels):
-    """Rows of the report, in order, with the counters that say most."""
+    """Rows of the report, in order, with the counters that say most; stalls are warps per issue slot."""
     lines = text[text.index('"ID"') :].splitlines()
     table = list(csv.DictReader(lines))[1:]  # the first row holds units
     rows = []
     for label, line in zip(labels, table, strict=True):
-        values = {k: number(v) for k, v in line.items() if k and v}
-        stalls = {
-            re.sub(r".*issue_stalled_(\w+?)_per_warp.*|.*issue_stalled_(\w+)\.ratio", r"\1\2", k): v
-            for k, v in values.items()
-            if "issue_stalled" in k and v is not None
-        }
-        pipes = {k: v for k, v in values.items() if "tensor" in k and v is not None}
-        rows.append(
-            {
-                **label,
-                "kernel": line.get("Kernel Name", "")[:90],
-                "speed_of_light": {
-                    k: v
-                    for k, v in values.items()
-                    if v is not None
-                    and (
-                        "throughput" in k or "duration" in k or "per_second" in k or "elapsed" in k
-                    )
-                },
-                "tensor": pipes,
-                "stalls": dict(sorted(stalls.items(), key=lambda s: -s[1])[:8]),
-            }
-        )
+        stalls = {}
+        for name, value in line.items():
+            found = re.search(
+                r"average_warps_issue_stalled_(\w+)_per_issue_active\.ratio$", name or ""
+            )
+            if found and number(value) is not None and "not_issued" not in name:
+                stalls[found.group(1)] = number(value)
+        worst = sorted(stalls.items(), key=lambda s: -s[1])[:6]
+        counters = {name: number(line.get(metric)) for name, metric in COUNTERS.items()}
+        rows.append({**label, "kernel": line["Kernel Name"], **counters, "stalls": dict(worst)})
     return rows
+
+
+def print_rows(rows):
+    for row in rows:
+        stalls = ", ".join(f"{k} {v:.1f}" for k, v in list(row["stalls"].items())[:4])
+        print(
+            f"{row['case'][:36]:36} {row['side']:9} {row['nanoseconds'] / 1e3:8.1f} us, {row['sm_hz'] / 1e9:.2f} GHz, "
+            f"{row['cycles']:9.0f} cycles  tensor {row['tensor_pipe_percent'] or 0:5.1f} %  issue "
+            f"{row['issue_slots_percent']:4.1f} %  dram {row['dram_percent']:4.1f} %  L2 {row['l2_percent']:4.1f} %  "
+            f"L1 {row['l1_and_shared_percent']:4.1f} %  | {stalls}"
+        )
 
 
 def main():
@@ -145,8 +157,7 @@ def main():
         sys.exit(f"ncu: {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
     rows = read(done.stdout, json.loads(labels.read_text()))
     arguments.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
-    for row in rows:
-        print(row["case"], row["side"], row["tensor"], row["stalls"])
+    print_rows(rows)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import itertools
 import os
@@ -359,3 +360,33 @@ def test_a_build_without_kernels_says_so_or_fails(tmp_path, cuda):
         assert old.returncode != 0
         assert "nvcc 12.2.140 at" in old.stderr
         assert "the kernels need 12.3" in " ".join(old.stderr.split())
+
+
+# --- supply chain ---------------------------------------------------------------------------------
+
+
+def test_every_requirement_is_locked():
+    """Else CI, whose pip sees the locked archives alone, cannot install: run .ci/lock."""
+    script = ROOT / ".ci" / "lock"
+    result = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_every_locked_package_has_a_version_and_a_hash():
+    for path in sorted((ROOT / ".ci" / "locked").glob("*.txt")):
+        text = re.sub(r"\\\n\s*", "", path.read_text())
+        for line in text.splitlines()[1:]:
+            assert re.fullmatch(r"\S+==\S+( ; \S+ == \S+)?( ?--hash=sha256:[0-9a-f]{64})+", line), (
+                line
+            )
+
+
+def test_the_licences_of_what_is_compiled_in_are_those_of_the_packages():
+    nanobind = pytest.importorskip("nanobind")
+    licence = importlib.metadata.distribution("nanobind").read_text("licenses/LICENSE")
+    assert (ROOT / "licenses" / "nanobind.txt").read_text() == licence
+    header = Path(nanobind.include_dir()).parent / "ext/robin_map/include/tsl/robin_map.h"
+    comment = header.read_text().split("*/")[0].removeprefix("/**\n")
+    lines = [line.removeprefix(" *").removeprefix(" ") for line in comment.splitlines()]
+    want = (ROOT / "licenses" / "robin-map.txt").read_text()
+    assert "\n".join(lines).strip() == want.strip()

@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from . import checkpoint_policies as checkpoint_policies
     from . import equinox as equinox
+    from . import export as export
     from . import flax as flax
     from . import maxtext as maxtext
     from . import qwix as qwix
@@ -49,6 +50,7 @@ _MODULES = {
     "dot_general": "ops.dot_general",
     "einsum": "ops.einsum",
     "explain": "_explain",
+    "export": "export",
     "gemm": "kernels.gemm",
     "grouped_gemm": "kernels.grouped_gemm",
     "grouped_wgrad_gemm": "kernels.grouped_gemm",

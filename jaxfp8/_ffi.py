@@ -29,6 +29,11 @@ def images() -> tuple[str, ...]:
     return tuple(_C.build_info()["images"])
 
 
+def targets() -> tuple[str, ...]:
+    """Every custom-call target of this build, in order."""
+    return tuple(sorted(_C.handlers("CUDA")))
+
+
 def image_directory() -> Path:
     """Where they lie: `<image>.cubin`, the PTX it was assembled from, and ptxas' report."""
     assert _C.__file__ is not None

@@ -8,7 +8,6 @@ from jax.interpreters import mlir
 import jaxfp8.kernels.gemm
 import jaxfp8.kernels.grouped_gemm
 import jaxfp8.kernels.quantize  # noqa: F401  fills LEAVES, which jaxfp8 loads lazily
-import jaxfp8
 from jaxfp8._leaf import LEAVES
 
 _choose = None
@@ -27,8 +26,6 @@ def _register(name, leaf):
 def leaves_lower_to(choose):
     """Inside, a leaf that is a custom call on CUDA lowers to `choose(name, leaf)` on the CPU."""
     global _choose
-    for name in jaxfp8.__all__:  # loads every module that has leaves
-        getattr(jaxfp8, name)
     for name, leaf in LEAVES.items():
         if leaf.custom_call is not None and name not in _registered:
             _register(name, leaf)

@@ -118,10 +118,11 @@ class Explanation:
         """The sums under the table."""
         ours = sum(line.fp8 for line in self.lines)
         text = [
-            f"{ours} of {len(self.lines)} products in FP8: {self.fp8_share:.1%} of {_si(self.flops)}FLOP",
-            f"roofline on {self.device.name}: {_time(self.seconds)}, of which quantization "
-            f"{_time(self.quantization_seconds)} ({self.quantizations} passes, {_si(self.quantization_bytes)}B); "
-            f"all in bfloat16: {_time(self.bf16_seconds)}",
+            f"{ours} of {len(self.lines)} products in FP8: {self.fp8_share:.1%} of {engineering(self.flops)}FLOP",
+            f"roofline on {self.device.name}: {readable_time(self.seconds)}, of which quantization "
+            f"{readable_time(self.quantization_seconds)} ({self.quantizations} passes, "
+            f"{engineering(self.quantization_bytes)}B); "
+            f"all in bfloat16: {readable_time(self.bf16_seconds)}",
         ]
         return text + list(self.notes)
 
@@ -149,11 +150,11 @@ class Explanation:
             line.role,
             f"{line.groups} x {sizes}" if line.groups > 1 else sizes,
             runs,
-            _si(line.flops),
+            engineering(line.flops),
             what,
-            _si(line.bytes),
-            _time(line.seconds),
-            _time(line.bf16_seconds),
+            engineering(line.bytes),
+            readable_time(line.seconds),
+            readable_time(line.bf16_seconds),
         ]
 
     def __str__(self) -> str:
@@ -199,14 +200,16 @@ class Explanation:
         yield from (Text(t) for t in self.totals())
 
 
-def _si(value: float) -> str:
+def engineering(value: float) -> str:
+    """Three digits and the prefix of a unit."""
     for factor, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= factor:
             return f"{value / factor:.3g} {unit}"
     return f"{value:.0f} "
 
 
-def _time(seconds: float) -> str:
+def readable_time(seconds: float) -> str:
+    """Three digits and a unit."""
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
 
 
@@ -443,7 +446,7 @@ def explain(
     fn: Any,
     *args: Any,
     gradient: bool | int | Sequence[int] | None = None,
-    device_kind: str | None = None,
+    device_kind: str | Device | None = None,
     **kwargs: Any,
 ) -> Explanation:
     """Every product of `fn(*args, **kwargs)` and of its gradient: in FP8 by which kernel, or why not; and its cost.

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ._explain import Explanation as Explanation
     from ._explain import explain as explain
     from ._quantized_array import QuantizedArray as QuantizedArray
+    from ._quantized_weight import QuantizedWeight as QuantizedWeight
     from ._recipe import Recipe as Recipe
     from .kernels.gemm import gemm as gemm
     from .kernels.gemm import wgrad_gemm as wgrad_gemm
@@ -36,17 +37,25 @@ if TYPE_CHECKING:
     from .kernels.quantize import quantize_weight as quantize_weight
     from .ops.dot_general import dot_general as dot_general
     from .ops.einsum import einsum as einsum
+    from .ops.expert_parallel import combine as combine
+    from .ops.expert_parallel import dispatch as dispatch
     from .ops.linear import linear as linear
+    from .ops.prequantize import all_gather_weight as all_gather_weight
+    from .ops.prequantize import prequantize as prequantize
     from .ops.ragged_dot import ragged_dot as ragged_dot
 
 _MODULES = {
     "AutocastPolicy": "_autocast",
     "Explanation": "_explain",
     "QuantizedArray": "_quantized_array",
+    "QuantizedWeight": "_quantized_weight",
     "Recipe": "_recipe",
+    "all_gather_weight": "ops.prequantize",
     "autocast": "_autocast",
     "checkpoint_policies": "checkpoint_policies",
+    "combine": "ops.expert_parallel",
     "dequantize": "kernels.quantize",
+    "dispatch": "ops.expert_parallel",
     "dot_general": "ops.dot_general",
     "einsum": "ops.einsum",
     "explain": "_explain",
@@ -56,6 +65,7 @@ _MODULES = {
     "grouped_wgrad_gemm": "kernels.grouped_gemm",
     "linear": "ops.linear",
     "masked_grouped_gemm": "kernels.grouped_gemm",
+    "prequantize": "ops.prequantize",
     "quantize": "kernels.quantize",
     "quantize_both": "kernels.quantize",
     "quantize_weight": "kernels.quantize",

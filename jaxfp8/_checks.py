@@ -10,6 +10,7 @@ import numpy as np
 
 from ._blocks import BLOCK, ceil_blocks
 from ._quantized_array import QuantizedArray
+from ._quantized_weight import QuantizedWeight
 from ._recipe import FP8_DTYPES
 
 INPUT_DTYPES = tuple(np.dtype(d) for d in (jnp.float32, jnp.bfloat16, jnp.float16))
@@ -22,9 +23,9 @@ def names(dtypes) -> str:
 
 def array(function: str, name: str, x: Any, shape: str, dtypes=INPUT_DTYPES) -> jax.Array:
     """`x` as a JAX array with the rank of `shape`, such as "(M, K)"; "(..., M, K)" is a least rank."""
-    if isinstance(x, QuantizedArray):
+    if isinstance(x, (QuantizedArray, QuantizedWeight)):
         raise TypeError(
-            f"{function}: {name} is a QuantizedArray; allowed: an array of {names(dtypes)}"
+            f"{function}: {name} is a {type(x).__name__}; allowed: an array of {names(dtypes)}"
         )
     if not (hasattr(x, "shape") and hasattr(x, "dtype")):
         raise TypeError(

@@ -115,6 +115,7 @@ class Operation:
             x if a is None else jnp.moveaxis(x, a, 0) for x, a in zip(arrays, axes, strict=True)
         ]
         for group in self.together:
+            group = [i for i in group if i < len(arrays)]  # optional operands come last
             if any(mapped[i] for i in group):
                 for i in group:
                     if not mapped[i]:

@@ -9,7 +9,10 @@ import contextlib
 import ctypes
 import functools
 import math
+import pathlib
 import re
+import tempfile
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -120,6 +123,34 @@ def collectives(hlo, least=0):
     return dict(found)
 
 
+BYTES = {
+    "pred": 1, "u8": 1, "s8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4,
+}  # fmt: skip
+
+
+class Moved(NamedTuple):
+    """A collective: its kind, the dtype that moves, and the bytes of its result on one device."""
+
+    kind: str
+    dtype: str
+    bytes: int
+
+
+def traffic(hlo):
+    """Every collective of an HLO module, those in loops once."""
+    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    found = []
+    for result, kind in re.findall(rf"= (\(?\w+\[.*?) ({kinds})(?:-start)?\(", hlo):
+        parts = re.findall(r"\b(\w+)\[([\d,]*)\]", result)
+        sizes = [BYTES[d] * math.prod(int(n) for n in shape.split(",") if n) for d, shape in parts]
+        found.append(Moved(kind, parts[0][0], sum(sizes)))
+    return found
+
+
+def moved_bytes(hlo, *kinds):
+    return sum(m.bytes for m in traffic(hlo) if m.kind in kinds)
+
+
 def multiply_adds(hlo):
     """Multiply-adds of the dense product calls of one device, in an opaque program."""
     total = 0
@@ -163,8 +194,22 @@ def opaque_kernels():
     return leaves_lower_to(lambda name, leaf: _opaque(name))
 
 
+def partitioned_text(lowered):
+    """One device's program as the partitioner leaves it: XLA:CPU widens FP8 collectives to f16 only later."""
+    with tempfile.TemporaryDirectory() as directory:
+        options = {"xla_dump_to": directory, "xla_dump_hlo_pass_re": "spmd-partitioning"}
+        lowered.compile(compiler_options=options)
+        (dump,) = pathlib.Path(directory).glob("*after_spmd-partitioning*.txt")
+        return dump.read_text()
+
+
 def compile_opaque(f, *arguments, mesh=None, out_shardings=None):
     """The program for `(shape, sharding)` or `(shape, sharding, dtype)` arguments, with opaque kernels."""
+    return lower_opaque(f, *arguments, mesh=mesh, out_shardings=out_shardings).compile()
+
+
+def lower_opaque(f, *arguments, mesh=None, out_shardings=None):
+    """As `compile_opaque`, before XLA sees it."""
     ambient = contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
     with opaque_kernels(), ambient:
         arrays = [
@@ -172,4 +217,4 @@ def compile_opaque(f, *arguments, mesh=None, out_shardings=None):
             for shape, sharding, *dtype in arguments
         ]
         out = {} if out_shardings is None else {"out_shardings": out_shardings}
-        return jax.jit(f, **out).lower(*arrays).compile()
+        return jax.jit(f, **out).lower(*arrays)

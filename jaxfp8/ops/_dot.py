@@ -39,41 +39,58 @@ def _forward(x, weight, call: Call):
     ]
 
 
-def _dot_body(x, w, *, call: Call):
-    x_dims, w_dims = call.ins
+def quantized_weight(w, w_dims, quantized, fmt):
+    """Both orientations of a weight: quantized here, or ahead (data and scale of each)."""
+    if not quantized:
+        return qt.weight(w, w_dims, fmt)
+    nt, nt_scale, nn, nn_scale = quantized
+    nt_dims = w_dims[:-2] + (w_dims[-1], w_dims[-2])
+    return qt.named(nt, nt_scale, nt_dims, qt.SQUARE), qt.named(nn, nn_scale, w_dims, qt.SQUARE)
+
+
+def weight_dims(w_dims, quantized):
+    """Dimensions of the operands that `quantized` adds to a call."""
+    nt = w_dims[:-2] + (w_dims[-1], w_dims[-2])
+    scales = [d[:-2] + (d[-2] + "/", d[-1] + "/") for d in (nt, w_dims)]
+    return (nt, scales[0], w_dims, scales[1]) if quantized else ()
+
+
+def _dot_body(x, w, *quantized, call: Call):
+    x_dims, w_dims = call.ins[:2]
     fmt = qt.forward_format(call.get("recipe"))
     # Only one orientation is used here; XLA removes what is not, and a kernel writes both from one read.
-    weight, _ = qt.weight(w, w_dims, fmt)
+    weight, _ = quantized_weight(w, w_dims, quantized, fmt)
     return _forward(qt.rows(x, x_dims, fmt), weight, call)
 
 
 def _tokens(call: Call):
     """The dimensions that a weight gradient sums over: those of x that the weight does not have."""
-    x_dims, w_dims = call.ins
+    x_dims, w_dims = call.ins[:2]
     return tuple(d for d in x_dims[:-1] if d not in w_dims)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _dot(call: Call, types, x, w):
-    return _dot_body(x, w, call=call)
+def _dot(call: Call, types, x, w, *quantized):
+    return _dot_body(x, w, *quantized, call=call)
 
 
-def _dot_fwd(call: Call, types, x, w):
-    x_dims, w_dims = call.ins
+def _dot_fwd(call: Call, types, x, w, *quantized):
+    x_dims, w_dims = call.ins[:2]
     fmt = qt.forward_format(call.get("recipe"))
-    nt, nn = qt.weight(w, w_dims, fmt)
+    nt, nn = quantized_weight(w, w_dims, quantized, fmt)
     rows, columns = qt.rows_and_columns(x, x_dims, _tokens(call), fmt)
-    residuals = save(nn), save(columns)
+    residuals = save(nn, named=not quantized), save(columns)
     return _forward(rows, nt, call), residuals
 
 
 def _dot_bwd(call: Call, types, residuals, cotangents):
-    (x_dims, w_dims), (out,) = call.ins, call.outs
+    (x_dims, w_dims), (out,) = call.ins[:2], call.outs
     recipe: Recipe = call.get("recipe")
     forward, gradient = qt.forward_format(recipe), qt.gradient_format(recipe)
-    (x_type, w_type), (dy,) = types, cotangents
+    (x_type, w_type, *quantized), (dy,) = types, cotangents
     k, n = w_dims[-2:]
-    nn = load(residuals[0], forward.dtype, w_dims, w_dims[:-2] + (k + "/", n + "/"), qt.SQUARE)
+    nn_dtype = quantized[2].dtype if quantized else forward.dtype
+    nn = load(residuals[0], nn_dtype, w_dims, w_dims[:-2] + (k + "/", n + "/"), qt.SQUARE)
     dy_rows, dy_columns = qt.rows_and_columns(dy, out, _tokens(call), gradient)
 
     # A weight-only batch dimension is summed here; every other sum is a contraction of the kernel.
@@ -87,7 +104,7 @@ def _dot_bwd(call: Call, types, residuals, cotangents):
     columns = load(residuals[1], forward.dtype, dims, dims[:-1] + (dims[-1] + "/",), qt.ROW)
     wanted = explicit_axes(w_type, w_dims)
     dw = product(columns, dy_columns, w_dims, w_type.dtype, num_sms=recipe.num_sms, wanted=wanted)
-    return like_primal(dx, x_type), like_primal(dw, w_type)
+    return like_primal(dx, x_type), like_primal(dw, w_type), *(None for _ in quantized)
 
 
 _dot.defvjp(_dot_fwd, _dot_bwd)
@@ -105,15 +122,20 @@ def sum_to(y, dims, wanted):
 dot_operation = Operation(
     "jaxfp8_dot",
     _dot_body,
-    derivative=lambda call, x, w: _dot(call, (jax.typeof(x), jax.typeof(w)), x, w),
+    together=((1, 2, 3, 4, 5),),
+    derivative=lambda call, *arrays: _dot(call, tuple(map(jax.typeof, arrays)), *arrays),
 )
 
 
-def dot(x, w, x_dims, w_dims, out, *, recipe: Recipe, out_dtype, out_spec=None):
-    """x (..., k) . w (..., k, n) -> out, of named dimensions; n is the last of out."""
+def dot(x, w, x_dims, w_dims, out, *, recipe: Recipe, out_dtype, out_spec=None, quantized=()):
+    """x (..., k) . w (..., k, n) -> out, of named dimensions; n is the last of out.
+
+    `quantized`: data and scale of w as (..., n, k), and as (..., k, n), if w was quantized ahead.
+    """
     wanted = () if out_spec is None else tuple(zip(out, out_spec, strict=True))
     attributes = (("out_dtype", out_dtype), ("recipe", recipe))
-    return dot_operation(x, w, call=Call((x_dims, w_dims), (out,), attributes, wanted))[0]
+    ins = (x_dims, w_dims, *weight_dims(w_dims, quantized))
+    return dot_operation(x, w, *quantized, call=Call(ins, (out,), attributes, wanted))[0]
 
 
 def result_dtype(function: str, x, w, preferred_element_type: Any):

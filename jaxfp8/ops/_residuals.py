@@ -13,12 +13,14 @@ from ..kernels.quantize import Named
 RESIDUAL_NAME = "jaxfp8_residual"
 
 
-def save(q: Named):
-    """A residual: named for remat policies, its data as uint8.
+def save(q: Named, named: bool = True):
+    """A residual, its data as uint8; named for remat policies, unless the caller had it before the operation.
 
     Remat puts reduce_precision(4, 3) on float residuals, for which 448 is infinite; integers it leaves alone.
     """
     bits = lax.bitcast_convert_type(q.array.data, jnp.uint8)
+    if not named:
+        return bits, q.array.scale
     return checkpoint_name(bits, RESIDUAL_NAME), checkpoint_name(q.array.scale, RESIDUAL_NAME)
 
 

@@ -9,6 +9,7 @@ import jax
 from .. import _checks as checks
 from .._recipe import Recipe, current_recipe
 from ._dot import dot, out_spec, result_dtype
+from .prequantize import parts
 
 
 def linear(
@@ -27,7 +28,7 @@ def linear(
     **Arguments:**
 
     - `x`: float32, bfloat16 or float16 `(..., K)`.
-    - `w`: float32, bfloat16 or float16 `(K, N)`.
+    - `w`: float32, bfloat16 or float16 `(K, N)`, or a `QuantizedWeight` of that (see `jaxfp8.prequantize`).
     - `b`: `(N,)` or None; added after the product, in high precision.
     - `recipe`: a `jaxfp8.Recipe`; None is the one in force.
     - `preferred_element_type`: dtype of the product; None is what x and w promote to.
@@ -39,7 +40,8 @@ def linear(
     """
     recipe = current_recipe("linear", recipe)
     x = checks.array("linear", "x", x, "(..., K)")
-    w = checks.array("linear", "w", w, "(K, N)")
+    quantized = parts("linear", "w", w)
+    w = checks.array("linear", "w", w.value if quantized else w, "(K, N)")
     checks.same("linear", "K", "x", x.shape[-1], "w", w.shape[0])
     if b is not None:
         b = checks.array("linear", "b", b, "(N,)")
@@ -61,6 +63,7 @@ def linear(
             recipe=recipe,
             out_dtype=out_dtype,
             out_spec=spec,
+            quantized=quantized,
         )
         y = y[0] if vector else y
         return y if b is None else y + b.astype(y.dtype)

@@ -13,8 +13,16 @@ from .._recipe import Recipe, current_recipe
 from .._types import like_primal
 from ..kernels import quantize as qt
 from ..kernels.grouped_gemm import grouped_kernel, grouped_product, grouped_wgrad_kernel
-from ._dot import check_precision, out_spec, result_dtype, sum_to
+from ._dot import (
+    check_precision,
+    out_spec,
+    quantized_weight,
+    result_dtype,
+    sum_to,
+    weight_dims,
+)
 from ._residuals import load, save
+from .prequantize import parts
 
 
 def _forward(rows, weight, sizes, call: Call):
@@ -33,35 +41,36 @@ def _forward(rows, weight, sizes, call: Call):
     ]
 
 
-def _ragged_body(x, w, sizes, *, call: Call):
-    x_dims, w_dims, _ = call.ins
+def _ragged_body(x, w, sizes, *quantized, call: Call):
+    x_dims, w_dims, _ = call.ins[:3]
     fmt = qt.forward_format(call.get("recipe"))
-    weight, _ = qt.weight(w, w_dims, fmt)
+    weight, _ = quantized_weight(w, w_dims, quantized, fmt)
     return _forward(qt.rows(x, x_dims, fmt), weight, sizes, call)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _ragged(call: Call, types, x, w, sizes):
-    return _ragged_body(x, w, sizes, call=call)
+def _ragged(call: Call, types, x, w, sizes, *quantized):
+    return _ragged_body(x, w, sizes, *quantized, call=call)
 
 
-def _ragged_fwd(call: Call, types, x, w, sizes):
-    x_dims, w_dims, sizes_dims = call.ins
+def _ragged_fwd(call: Call, types, x, w, sizes, *quantized):
+    x_dims, w_dims, sizes_dims = call.ins[:3]
     fmt = qt.forward_format(call.get("recipe"))
-    nt, nn = qt.weight(w, w_dims, fmt)
+    nt, nn = quantized_weight(w, w_dims, quantized, fmt)
     rows, columns = qt.ragged_rows_and_columns(x, x_dims, sizes, sizes_dims, fmt)
-    residuals = save(nn), save(columns), sizes
+    residuals = save(nn, named=not quantized), save(columns), sizes
     return _forward(rows, nt, sizes, call), residuals
 
 
 def _ragged_bwd(call: Call, types, residuals, cotangents):
-    (x_dims, w_dims, sizes_dims), (out,) = call.ins, call.outs
+    (x_dims, w_dims, sizes_dims), (out,) = call.ins[:3], call.outs
     recipe: Recipe = call.get("recipe")
     forward, gradient = qt.forward_format(recipe), qt.gradient_format(recipe)
-    (x_type, w_type), (dy,) = types, cotangents
+    (x_type, w_type, _, *quantized), (dy,) = types, cotangents
     saved_nn, saved_columns, sizes = residuals
     k, n = w_dims[-2:]
-    nn = load(saved_nn, forward.dtype, w_dims, w_dims[:-2] + (k + "/", n + "/"), qt.SQUARE)
+    nn_dtype = quantized[2].dtype if quantized else forward.dtype
+    nn = load(saved_nn, nn_dtype, w_dims, w_dims[:-2] + (k + "/", n + "/"), qt.SQUARE)
     dy_rows, dy_columns = qt.ragged_rows_and_columns(dy, out, sizes, sizes_dims, gradient)
 
     dx_dims = out[:-1] + (k,)
@@ -93,6 +102,7 @@ def _ragged_bwd(call: Call, types, residuals, cotangents):
         like_primal(sum_to(dx, dx_dims, x_dims), x_type),
         like_primal(sum_to(dw, dw_dims, w_dims), w_type),
         None,
+        *(None for _ in quantized),
     )
 
 
@@ -101,7 +111,8 @@ _ragged.defvjp(_ragged_fwd, _ragged_bwd)
 ragged_operation = Operation(
     "jaxfp8_ragged_dot",
     _ragged_body,
-    derivative=lambda call, x, w, sizes: _ragged(call, (jax.typeof(x), jax.typeof(w)), x, w, sizes),
+    together=((1, 3, 4, 5, 6),),
+    derivative=lambda call, *arrays: _ragged(call, tuple(map(jax.typeof, arrays)), *arrays),
 )
 
 
@@ -123,7 +134,7 @@ def ragged_dot(
     **Arguments:**
 
     - `lhs`: tokens sorted by group: float32, bfloat16 or float16 `(M, K)`.
-    - `rhs`: a weight per group `(G, K, N)`, likewise.
+    - `rhs`: a weight per group `(G, K, N)`, likewise, or a `QuantizedWeight` of them (see `jaxfp8.prequantize`).
     - `group_sizes`: int32 `(G,)`, rows of each group. Negative counts as zero; groups are clipped to M.
     - `precision`: None or DEFAULT.
     - `preferred_element_type`: dtype of the result; None is what lhs and rhs promote to.
@@ -139,7 +150,8 @@ def ragged_dot(
     function = "ragged_dot"
     recipe = current_recipe(function, recipe)
     lhs = checks.array(function, "lhs", lhs, "(M, K)")
-    rhs = checks.array(function, "rhs", rhs, "(G, K, N)")
+    quantized = parts(function, "rhs", rhs)
+    rhs = checks.array(function, "rhs", rhs.value if quantized else rhs, "(G, K, N)")
     checks.same(function, "K", "lhs", lhs.shape[1], "rhs", rhs.shape[1])
     sizes = checks.group_sizes(function, "group_sizes", group_sizes, rhs.shape[0])
     check_precision(function, precision)
@@ -148,7 +160,9 @@ def ragged_dot(
     out_dtype = result_dtype(function, lhs, rhs, preferred_element_type)
     spec = out_spec(function, out_sharding, 2)
     attributes = (("out_dtype", out_dtype), ("recipe", recipe))
-    call = Call((("m", "k"), ("g", "k", "n"), ("g",)), (("m", "n"),), attributes)
+    w_dims = ("g", "k", "n")
+    ins = (("m", "k"), w_dims, ("g",), *weight_dims(w_dims, quantized))
+    call = Call(ins, (("m", "n"),), attributes)
     with jax.named_scope("jaxfp8.ragged_dot"):
-        (y,) = ragged_operation(lhs, rhs, sizes, call=call)
+        (y,) = ragged_operation(lhs, rhs, sizes, *quantized, call=call)
         return y if spec is None else jax.sharding.reshard(y, out_sharding)

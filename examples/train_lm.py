@@ -2,6 +2,8 @@
 
     python examples/train_lm.py            # dense: RMSNorm, rotary attention, SwiGLU
     python examples/train_lm.py --moe      # the feed-forward layer is a mixture of experts, top 2
+    JAX_NUM_CPU_DEVICES=8 python examples/train_lm.py --mesh data=4,model=2 [--fsdp]
+    JAX_NUM_CPU_DEVICES=8 python examples/train_lm.py --mesh expert=8 --experts 8
 
 The text is the Python source of the running interpreter's standard library, read byte by byte. Both
 models start from the same parameters and see the same batches. Only the products of the layers
@@ -10,14 +12,15 @@ DeepSeek-V3 (arXiv 2412.19437, 3.3), embedding, head, router, norms and the prod
 attention keep a high precision, and the master weights are float32.
 
 The file reads from top to bottom: the products, the model, a training step, the loop, the command
-line. `_lm_data.py` has the text, `_lm_report.py` what is shown and written, `_lm_checkpoint.py`
-saving and resuming.
+line. `_lm_parallel.py` has the meshes, `_lm_data.py` the text, `_lm_report.py` what is shown and
+written, `_lm_checkpoint.py` saving and resuming.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import math
 import pathlib
 import sys
@@ -31,7 +34,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _lm_parallel import BATCH, FSDP_AXIS, ONE_DEVICE, Parallel, divisor, repeat_rows
 from jax import Array
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxfp8
 
@@ -44,30 +50,49 @@ import jaxfp8
 class Products:
     """The products of a layer.
 
-    linear:      x (..., K) bfloat16, w (K, N) float32 -> (..., N) bfloat16
-    ragged_dot:  x (M, K) bfloat16, w (G, K, N) float32, group_sizes int32 (G,)
-                 -> (M, N) bfloat16; a row is multiplied by the matrix of its group
+    linear:      x (..., K) bfloat16, w (K, N), dtype -> (..., N) of that dtype
+    ragged_dot:  x (M, K) bfloat16, w (G, K, N), group_sizes int32 (G,), dtype -> (M, N); a row is
+                 multiplied by the matrix of its group
+    gather:      this device's part of a float32 weight, axis -> the whole weight, cut along that
+                 axis over the mesh axis "data", for the products above
+    dispatch:    jaxfp8.dispatch, in the precision in which tokens travel
     """
 
-    linear: Callable[[Array, Array], Array]
-    ragged_dot: Callable[[Array, Array, Array], Array]
+    linear: Callable[..., Array]
+    ragged_dot: Callable[..., Array]
+    gather: Callable[[Array, int], Any]
+    dispatch: Callable[..., Any]
 
 
 def bf16_products() -> Products:
-    return Products(
-        linear=lambda x, w: jnp.dot(x, w.astype(jnp.bfloat16)),
-        ragged_dot=lambda x, w, sizes: jax.lax.ragged_dot(x, w.astype(jnp.bfloat16), sizes),
-    )
+    def gather(w, axis):
+        w = w.astype(jnp.bfloat16)
+        return jax.lax.all_gather(w, "data", axis=axis % w.ndim, tiled=True)
+
+    def linear(x, w, dtype=jnp.bfloat16):
+        return jnp.dot(x, w.astype(jnp.bfloat16), preferred_element_type=dtype)
+
+    def ragged_dot(x, w, sizes, dtype=jnp.bfloat16):
+        w = w.astype(jnp.bfloat16)
+        return jax.lax.ragged_dot(x, w, sizes, preferred_element_type=dtype)
+
+    dispatch = functools.partial(jaxfp8.dispatch, quantized=False)
+    return Products(linear, ragged_dot, gather, dispatch)
 
 
 def fp8_products(recipe: jaxfp8.Recipe) -> Products:
     # Forward, dgrad and wgrad run in FP8. The weights are quantized from their float32 masters.
-    return Products(
-        linear=lambda x, w: jaxfp8.linear(x, w, recipe=recipe, preferred_element_type=jnp.bfloat16),
-        ragged_dot=lambda x, w, sizes: jaxfp8.ragged_dot(
-            x, w, sizes, recipe=recipe, preferred_element_type=jnp.bfloat16
-        ),
-    )
+    def gather(w, axis):
+        return jaxfp8.all_gather_weight(w, "data", axis=axis, recipe=recipe)
+
+    def linear(x, w, dtype=jnp.bfloat16):
+        return jaxfp8.linear(x, w, recipe=recipe, preferred_element_type=dtype)
+
+    def ragged_dot(x, w, sizes, dtype=jnp.bfloat16):
+        return jaxfp8.ragged_dot(x, w, sizes, recipe=recipe, preferred_element_type=dtype)
+
+    dispatch = functools.partial(jaxfp8.dispatch, recipe=recipe)
+    return Products(linear, ragged_dot, gather, dispatch)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -102,23 +127,27 @@ Params = dict[str, Any]
 def init(model: Model, key: Array) -> Params:
     """Float32 master weights: normal, 1/sqrt(fan in).
 
-    What writes into the residual stream is 1/sqrt(2 layers) smaller.
+    What writes into the residual stream is 1/sqrt(2 layers) smaller. Queries, keys and values, and
+    gate and up, are matrices side by side, so that each can be cut by columns.
     """
     keys = iter(jax.random.split(key, 8))
     width, hidden = model.width, model.hidden
 
-    def weight(*shape: int, scale: float = 1.0) -> Array:
-        return jax.random.normal(next(keys), shape) * (scale / math.sqrt(shape[-2]))
+    def weight(*shape: int, scale: float = 1.0, beside: int = 1) -> Array:
+        fan_in, columns = shape[-2:]
+        value = jax.random.normal(next(keys), (*shape[:-1], beside * columns))
+        value = value * (scale / math.sqrt(fan_in))
+        return value if beside == 1 else value.reshape(*shape[:-1], beside, columns)
 
     stack = (model.layers,)
     residual = 1 / math.sqrt(2 * model.layers)
     experts = stack + (model.experts,) if model.experts else stack
     layers = {
         "attention_norm": jnp.ones((*stack, width)),
-        "qkv": weight(*stack, width, 3 * width),
+        "qkv": weight(*stack, width, width, beside=3),
         "out": weight(*stack, width, width, scale=residual),
         "feed_forward_norm": jnp.ones((*stack, width)),
-        "gate_up": weight(*experts, width, 2 * hidden),
+        "gate_up": weight(*experts, width, hidden, beside=2),
         "down": weight(*experts, hidden, width, scale=residual),
     }
     if model.experts:
@@ -149,15 +178,32 @@ def rotate(x: Array) -> Array:
     ).astype(x.dtype)
 
 
-def attention(x: Array, p: Params, model: Model, products: Products) -> Array:
-    batch, length, width = x.shape
+def part_of(p: Params, name: str, products: Products, parallel: Parallel) -> Any:
+    """A layer's matrix (K, N), or experts (G, K, N): all rows and columns that this device uses."""
+    w = p[name]
+    if name in ("qkv", "gate_up"):
+        w = w.reshape(*w.shape[:-2], -1)
+    return products.gather(w, max(FSDP_AXIS[name], -2)) if parallel.fsdp else w
+
+
+def attention(x: Array, p: Params, model: Model, products: Products, parallel: Parallel) -> Array:
+    batch, length, _ = x.shape
+    heads = model.heads // parallel.model
     with jax.named_scope("qkv"):
-        qkv = products.linear(x, p["qkv"])
-    q, k, v = jnp.split(qkv.reshape(batch, length, 3 * model.heads, -1), 3, axis=2)
+        qkv = products.linear(x, part_of(p, "qkv", products, parallel))
+    q, k, v = jnp.split(qkv.reshape(batch, length, 3 * heads, -1), 3, axis=2)
     with jax.named_scope("attention"):
         y = jax.nn.dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
     with jax.named_scope("out"):
-        return products.linear(y.reshape(batch, length, width), p["out"])
+        w = part_of(p, "out", products, parallel)
+        return linear_by_parts(y.reshape(batch, length, -1), w, products, parallel)
+
+
+def linear_by_parts(x: Array, w: Any, products: Products, parallel: Parallel) -> Array:
+    """A product whose contraction is cut over the axis "model"."""
+    if parallel.model == 1:
+        return products.linear(x, w)
+    return parallel.sum_parts(products.linear(x, w, dtype=jnp.float32)).astype(x.dtype)
 
 
 def swiglu(gate_up: Array) -> Array:
@@ -165,18 +211,21 @@ def swiglu(gate_up: Array) -> Array:
     return jax.nn.silu(gate) * up
 
 
-def feed_forward(x: Array, p: Params, model: Model, products: Products) -> tuple[Array, Array]:
+def feed_forward(
+    x: Array, p: Params, model: Model, products: Products, parallel: Parallel
+) -> tuple[Array, Array]:
     """The layer's output and its balance loss, which is zero for a dense layer."""
     if model.experts:
-        return mixture_of_experts(x, p, model, products)
+        return mixture_of_experts(x, p, model, products, parallel)
     with jax.named_scope("gate_up"):
-        gate_up = products.linear(x, p["gate_up"])
+        gate_up = products.linear(x, part_of(p, "gate_up", products, parallel))
     with jax.named_scope("down"):
-        return products.linear(swiglu(gate_up), p["down"]), jnp.float32(0)
+        w = part_of(p, "down", products, parallel)
+        return linear_by_parts(swiglu(gate_up), w, products, parallel), jnp.float32(0)
 
 
 def mixture_of_experts(
-    x: Array, p: Params, model: Model, products: Products
+    x: Array, p: Params, model: Model, products: Products, parallel: Parallel = ONE_DEVICE
 ) -> tuple[Array, Array]:
     """Each token through its two best experts.
 
@@ -189,38 +238,68 @@ def mixture_of_experts(
     probability = jax.nn.softmax(logits)
     gate, expert = jax.lax.top_k(probability, 2)  # (tokens, 2)
     gate = gate / jnp.sum(gate, axis=-1, keepdims=True)
+    counts = jnp.bincount(expert.reshape(-1), length=model.experts).astype(jnp.int32)
 
-    order = jnp.argsort(expert.reshape(-1), stable=True)
-    group_sizes = jnp.bincount(expert.reshape(-1), length=model.experts).astype(jnp.int32)
-    rows = permute(jnp.repeat(tokens, 2, axis=0), order)
-    with jax.named_scope("gate_up"):
-        gate_up = products.ragged_dot(rows, p["gate_up"], group_sizes)
-    with jax.named_scope("down"):
-        y = products.ragged_dot(swiglu(gate_up), p["down"], group_sizes)
-    y = permute(y, jnp.argsort(order)).reshape(batch * length, 2, width)
-    y = jnp.sum(y * gate[..., None], axis=1).astype(x.dtype)
+    if parallel.expert > 1:  # to the devices of the experts and back
+        rows, group_sizes, route = products.dispatch(
+            tokens, expert, model.experts, axis_name="expert"
+        )
+        y = experts_of(rows, group_sizes, p, products, parallel)
+        y = jaxfp8.combine(y, gate, route)
+    else:
+        order = jnp.argsort(expert.reshape(-1), stable=True)
+        rows = permute(jnp.repeat(tokens, 2, axis=0), order)
+        y = experts_of(rows, counts, p, products, parallel)
+        y = permute(y, jnp.argsort(order)).reshape(batch * length, 2, width)
+        y = jnp.sum(y * gate[..., None], axis=1).astype(x.dtype)
 
     # Load balance (Switch Transformer, arXiv 2101.03961, 2.2): 1 when every expert gets its share.
-    share = group_sizes / expert.size
-    balance = model.experts * jnp.sum(share * jnp.mean(probability, axis=0))
+    share = parallel.mean(counts / expert.size)
+    balance = model.experts * jnp.sum(share * parallel.mean(jnp.mean(probability, axis=0)))
     return y.reshape(x.shape), balance
+
+
+def experts_of(
+    rows: Array, group_sizes: Array, p: Params, products: Products, parallel: Parallel
+) -> Array:
+    """The SwiGLU of each group of rows, by its expert."""
+    with jax.named_scope("gate_up"):
+        w = part_of(p, "gate_up", products, parallel)
+        gate_up = products.ragged_dot(rows, w, group_sizes)
+    with jax.named_scope("down"):
+        w = part_of(p, "down", products, parallel)
+        if parallel.model == 1:
+            return products.ragged_dot(swiglu(gate_up), w, group_sizes)
+        y = products.ragged_dot(swiglu(gate_up), w, group_sizes, dtype=jnp.float32)
+        return parallel.sum_parts(y).astype(rows.dtype)
 
 
 def permute(rows: Array, order: Array) -> Array:
     return rows.at[order].get(unique_indices=True, mode="promise_in_bounds")
 
 
-def forward(params: Params, inputs: Array, model: Model, products: Products) -> tuple[Array, Array]:
+def forward(
+    params: Params,
+    inputs: Array,
+    model: Model,
+    products: Products,
+    parallel: Parallel = ONE_DEVICE,
+) -> tuple[Array, Array]:
     """Bytes (batch, length) -> float32 logits of the next byte (batch, length, 256).
 
     Beside them, the layers' mean balance loss.
     """
 
     def layer(x, p):
-        x = x + attention(rms_norm(x, p["attention_norm"]), p, model, products)
-        y, balance = feed_forward(rms_norm(x, p["feed_forward_norm"]), p, model, products)
+        y = attention(rms_norm(x, p["attention_norm"]), p, model, products, parallel)
+        x = x + y
+        normed = rms_norm(x, p["feed_forward_norm"])
+        y, balance = feed_forward(normed, p, model, products, parallel)
         return x + y, balance
 
+    if parallel.fsdp:  # whole matrices are gathered again for the backward pass, not kept
+        policy = jaxfp8.checkpoint_policies.save_dots_and_fp8_residuals()
+        layer = jax.checkpoint(layer, policy=policy)
     x = params["embedding"].astype(jnp.bfloat16)[inputs]
     x, balance = jax.lax.scan(layer, x, params["layers"])
     x = rms_norm(x, params["norm"])
@@ -230,25 +309,33 @@ def forward(params: Params, inputs: Array, model: Model, products: Products) -> 
     return logits, jnp.mean(balance)
 
 
-def losses(params: Params, windows: Array, model: Model, products: Products) -> tuple[Array, Array]:
+def losses(
+    params: Params, windows: Array, model: Model, products: Products, parallel: Parallel
+) -> tuple[Array, Array]:
     """Mean cross-entropy of the next byte, in nats, and the balance loss.
 
     windows: (batch, length + 1), inputs and the byte after each.
     """
-    logits, balance = forward(params, windows[:, :-1], model, products)
+    logits, balance = forward(params, windows[:, :-1], model, products, parallel)
     entropy = optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:])
-    return jnp.mean(entropy), balance
+    return parallel.mean(jnp.mean(entropy)), balance
 
 
 def generate(
-    params: Params, prompts: Array, lengths: Array, key: Array, model: Model, products: Products
+    params: Params,
+    prompts: Array,
+    lengths: Array,
+    key: Array,
+    model: Model,
+    products: Products,
+    parallel: Parallel,
 ) -> Array:
     """Prompts (batch, length), of which the first `lengths` bytes count, continued to the end."""
 
     def step(i, carry):
         text, key = carry
         key, draw = jax.random.split(key)
-        logits, _ = forward(params, text, model, products)
+        logits, _ = forward(params, text, model, products, parallel)
         following = jax.random.categorical(draw, logits[:, i - 1] / 0.7)
         return text.at[:, i].set(jnp.where(i < lengths, text[:, i], following)), key
 
@@ -296,6 +383,7 @@ class Settings:
 
     size: str
     moe: bool
+    experts: int
     steps: int
     batch: int
     learning_rate: float
@@ -308,7 +396,7 @@ class Settings:
     @property
     def model(self) -> Model:
         model = SIZES[self.size].model
-        return dataclasses.replace(model, experts=4) if self.moe else model
+        return dataclasses.replace(model, experts=self.experts) if self.moe else model
 
     @property
     def sequence(self) -> int:
@@ -352,24 +440,62 @@ class Run:
     once.
     """
 
-    def __init__(self, name: str, products: Products, settings: Settings):
+    def __init__(
+        self, name: str, products: Products, settings: Settings, parallel: Parallel = ONE_DEVICE
+    ):
         self.name, self.products, self.settings = name, products, settings
-        self.model = settings.model
+        self.model, self.parallel = settings.model, parallel
         self.optimizer = optimizer_of(settings)
-        params = init(self.model, jax.random.key(settings.seed))
-        # Placed explicitly, as a restored state is: a resumed run is the same program.
-        self.state = jax.device_put((params, self.optimizer.init(params)), jax.devices()[0])
+        self.state = self._initial_state(jax.random.key(settings.seed))
         self.history = report.History()
+
+    def _initial_state(self, key: Array) -> Any:
+        if not self.parallel.active:
+            params = init(self.model, key)
+            # Placed explicitly, as a restored state is: a resumed run is the same program.
+            return jax.device_put((params, self.optimizer.init(params)), jax.devices()[0])
+
+        def make(key):
+            params = init(self.model, key)
+            return params, self.optimizer.init(params)
+
+        params, optimizer_state = jax.eval_shape(make, key)
+        self.specs = self.parallel.specs(params, self.model.experts)
+        # Moments lie where their parameters do; counters everywhere.
+        optimizer_specs = optax.tree_utils.tree_map_params(
+            self.optimizer,
+            lambda _, spec: spec,
+            optimizer_state,
+            self.specs,
+            transform_non_params=lambda _: P(),
+        )
+        self.shardings = jax.tree.map(
+            lambda spec: NamedSharding(self.parallel.mesh, spec),
+            (self.specs, optimizer_specs),
+            is_leaf=lambda x: isinstance(x, P),
+        )
+        return jax.jit(make, out_shardings=self.shardings)(key)
+
+    def on_every_device(self, f, in_specs, out_specs):
+        """`f` of parameters and what follows, on every device with its part of them."""
+        if not self.parallel.active:
+            return f
+        in_specs = (self.specs, *in_specs)
+        return jax.shard_map(f, mesh=self.parallel.mesh, in_specs=in_specs, out_specs=out_specs)
 
     def gradients(self, params: Params, windows: Array) -> tuple[Array, Params]:
         """The loss (cross-entropy alone) and the gradients of one batch."""
 
-        def objective(params):
-            entropy, balance = losses(params, windows, self.model, self.products)
-            return entropy + BALANCE_WEIGHT * balance, entropy
+        def local(params, windows):
+            def objective(params):
+                entropy, balance = losses(params, windows, self.model, self.products, self.parallel)
+                return entropy + BALANCE_WEIGHT * balance, entropy
 
-        (_, entropy), grads = jax.value_and_grad(objective, has_aux=True)(params)
-        return entropy, grads
+            (_, entropy), grads = jax.value_and_grad(objective, has_aux=True)(params)
+            return entropy, grads
+
+        out_specs = (P(), self.specs) if self.parallel.active else None
+        return self.on_every_device(local, (P(BATCH),), out_specs)(params, windows)
 
     def _step(self, state, windows):
         params, optimizer_state = state
@@ -379,19 +505,43 @@ class Run:
 
     def _evaluate(self, state, batches):
         """Mean validation loss over batches (count, batch, length + 1)."""
-        params, _ = state
-        return jnp.mean(
-            jax.lax.map(lambda w: losses(params, w, self.model, self.products)[0], batches)
-        )
+
+        def local(params, batches):
+            def loss(windows):
+                return losses(params, windows, self.model, self.products, self.parallel)[0]
+
+            return jnp.mean(jax.lax.map(loss, batches))
+
+        return self.on_every_device(local, (P(None, BATCH),), P())(state[0], batches)
 
     def compile(self, windows, batches) -> float:
         """Compiles ahead, so that the first step is timed like any other; returns seconds."""
         start = time.perf_counter()
+        out = {"out_shardings": (self.shardings, None)} if self.parallel.active else {}
         self._compiled_step = (
-            jax.jit(self._step, donate_argnums=0).lower(self.state, windows).compile()
+            jax.jit(self._step, donate_argnums=0, **out).lower(self.state, windows).compile()
         )
         self._compiled_evaluate = jax.jit(self._evaluate).lower(self.state, batches).compile()
         return time.perf_counter() - start
+
+    def sample(self, prompts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """The prompts (count, length), of which the first `lengths` bytes count, continued."""
+        count, shards = len(prompts), self.parallel.shards
+        place = self.parallel.place
+
+        def local(params, prompts, lengths, key):
+            text = generate(params, prompts, lengths, key, self.model, self.products, self.parallel)
+            return text
+
+        run = self.on_every_device(local, (P(BATCH), P(BATCH), P()), P(BATCH))
+        whole = NamedSharding(self.parallel.mesh, P()) if self.parallel.active else None
+        text = jax.jit(run, out_shardings=whole)(
+            self.state[0],
+            place(repeat_rows(prompts, shards)),
+            place(repeat_rows(lengths[:, None], shards)[:, 0]),
+            jax.random.key(self.settings.seed),
+        )
+        return np.asarray(text)[:count]
 
     def train(self, batches: list[np.ndarray]) -> None:
         """A step a batch. Waits once, at the end, so that a GPU is never idle between steps."""
@@ -429,6 +579,7 @@ def train(
     checkpoint: pathlib.Path | None = None,
     resume: bool = False,
     stop_after: int | None = None,
+    parallel: Parallel = ONE_DEVICE,
 ) -> dict[str, Any] | None:
     """Trains both models, writes the results into `out`, and returns the summary.
 
@@ -436,18 +587,20 @@ def train(
     """
     out.mkdir(parents=True, exist_ok=True)
     console = report.console
+    console.quiet = jax.process_index() != 0  # one process reports for all
     corpus = data.standard_library()
     unigram = data.unigram_loss(corpus)
     windows = data.Windows(corpus.train, settings.sequence, settings.seed)
     # The same windows for every seed, so that seeds compare; in larger batches: no gradients.
-    batch = math.gcd(settings.validation_windows, 4 * settings.batch)
+    batch = divisor(settings.validation_windows, 4 * settings.batch, parallel.shards)
+    parallel.check(settings.model, settings.batch, batch)
     validation = data.spread_windows(
         corpus.validation, settings.sequence, settings.validation_windows
     ).reshape(-1, batch, settings.sequence + 1)
 
     runs = {
-        "bf16": Run("bf16", bf16_products(), settings),
-        "fp8": Run("fp8", fp8_products(settings.recipe), settings),
+        "bf16": Run("bf16", bf16_products(), settings, parallel),
+        "fp8": Run("fp8", fp8_products(settings.recipe), settings, parallel),
     }
     parameters = sum(x.size for x in jax.tree.leaves(runs["bf16"].state[0]))
     kind = f"{settings.model.experts} experts, 2 a token" if settings.moe else "dense"
@@ -456,7 +609,7 @@ def train(
         f"to train on, {corpus.train.size / 1e6:.1f} MB of Python in {corpus.files[0]} files; "
         f"to validate on, {validation[:, :, 1:].size:,} bytes of {corpus.files[1]} others\n"
         f"{settings.steps} steps of {settings.batch} x {settings.sequence} bytes, "
-        f"seed {settings.seed}, {settings.recipe} on {jax.devices()[0].device_kind}"
+        f"seed {settings.seed}, {settings.recipe} on {jax.devices()[0].device_kind}, {parallel}"
     )
     step = position = 0
 
@@ -479,8 +632,10 @@ def train(
                 "pass --resume to continue it, or another --checkpoint directory"
             )
 
+    first = parallel.place(windows.batch(0, settings.batch))
+    placed_validation = parallel.place(validation, axis=1)
     products = report.list_products(
-        runs["fp8"].gradients, PRODUCT_NAMES, runs["fp8"].state[0], windows.batch(0, settings.batch)
+        runs["fp8"].gradients, PRODUCT_NAMES, runs["fp8"].state[0], first
     )
 
     def save() -> None:
@@ -493,7 +648,7 @@ def train(
 
     for name, run in runs.items():
         with console.status(f"compiling {name}"):
-            seconds = run.compile(windows.batch(0, settings.batch), validation)
+            seconds = run.compile(first, placed_validation)
         console.print(f"{name} compiled in {seconds:.1f} s")
 
     stop = settings.steps if stop_after is None else min(stop_after, settings.steps)
@@ -504,7 +659,7 @@ def train(
             until = min(step + STRIDE, stop, next(s for s in evaluation_steps if s > step))
             batches = []
             while step < until:
-                batches.append(windows.batch(position, settings.batch))
+                batches.append(parallel.place(windows.batch(position, settings.batch)))
                 position += settings.batch
                 step += 1
             for run in runs.values():
@@ -516,7 +671,7 @@ def train(
             )
             if step in evaluation_steps:
                 for run in runs.values():
-                    run.evaluate(validation)
+                    run.evaluate(placed_validation)
                 report.print_evaluation(step, {n: r.history for n, r in runs.items()})
                 save()
     save()
@@ -536,7 +691,8 @@ def train(
         **report.compare(evaluation_steps, histories, unigram, products),
     }
     sample = report.sample_text(sample_of(runs["fp8"]))
-    report.write(out, evaluation_steps, histories, summary, sample)
+    if jax.process_index() == 0:
+        report.write(out, evaluation_steps, histories, summary, sample)
     console.print(report.product_table(products))
     console.print(report.comparison_table(summary))
     console.print("text by the FP8 model:\n", sample, sep="\n", markup=False)
@@ -549,16 +705,7 @@ def sample_of(run: Run) -> np.ndarray:
     prompts = np.zeros((len(PROMPTS), run.settings.sequence), np.int32)
     for row, prompt in zip(prompts, PROMPTS, strict=True):
         row[: len(prompt)] = list(prompt)
-    lengths = np.array([len(p) for p in PROMPTS])
-    sample = jax.jit(generate, static_argnames=("model", "products"))(
-        run.state[0],
-        prompts,
-        lengths,
-        jax.random.key(run.settings.seed),
-        model=run.model,
-        products=run.products,
-    )
-    return np.asarray(sample)
+    return run.sample(prompts, np.array([len(p) for p in PROMPTS]))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -597,6 +744,31 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Settings, dict[str, 
     model.add_argument(
         "--moe", action="store_true", help="four experts, two a token, in place of a dense SwiGLU"
     )
+    model.add_argument(
+        "--experts", type=positive(int), metavar="N", help="--moe with N experts in place of four"
+    )
+
+    mesh = parser.add_argument_group("several devices")
+    mesh.add_argument(
+        "--mesh",
+        default="data=1",
+        metavar="AXES",
+        help="devices along each axis, such as data=4,model=2 or data=2,expert=4: windows are cut "
+        "over data and expert, experts over expert, heads and hidden units over model",
+    )
+    mesh.add_argument(
+        "--fsdp",
+        action="store_true",
+        help="cut the layers' matrices over data as well, and gather each for its products",
+    )
+    mesh.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="run in several processes, this one with --process of --processes; process 0 listens "
+        "there. `auto` takes all three from the cluster (Slurm, Open MPI, Kubernetes, ...)",
+    )
+    mesh.add_argument("--processes", type=positive(int), metavar="N", help="how many there are")
+    mesh.add_argument("--process", type=int, metavar="I", help="which this one is, from 0")
 
     training = parser.add_argument_group("training")
     training.add_argument("--steps", type=positive(int), help="default: the size's")
@@ -662,10 +834,12 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Settings, dict[str, 
     args = parser.parse_args(argv)
 
     size = SIZES[args.size]
+    moe = args.moe or args.experts is not None
     settings = Settings(
         size=args.size,
-        moe=args.moe,
-        steps=args.steps or (size.moe_steps if args.moe else size.steps),
+        moe=moe,
+        experts=args.experts or 4,
+        steps=args.steps or (size.moe_steps if moe else size.steps),
         batch=args.batch or size.batch,
         learning_rate=args.learning_rate or size.learning_rate,
         evaluations=args.evaluations,
@@ -683,14 +857,47 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Settings, dict[str, 
     for flag in ("resume", "stop_after"):
         if getattr(args, flag) and args.checkpoint is None:
             parser.error(f"--{flag.replace('_', '-')} needs --checkpoint DIR")
-    names = ("out", "checkpoint", "resume", "stop_after")
-    return settings, {name: getattr(args, name) for name in names}
+    if settings.experts < 2:
+        parser.error(
+            f"--experts is {settings.experts}; allowed: at least two, of which a token has two"
+        )
+    try:
+        parallel = Parallel.parse(args.mesh, args.fsdp)
+    except ValueError as error:
+        parser.error(f"--mesh: {error}")
+    if parallel.expert > 1 and not moe:
+        parser.error("--mesh: expert needs --moe or --experts")
+    if parallel.fsdp and parallel.data == 1:
+        parser.error("--fsdp needs --mesh data=N, N at least 2")
+    numbered = args.processes is not None and args.process is not None
+    if (args.coordinator not in (None, "auto")) != numbered:
+        parser.error("--coordinator HOST:PORT, --processes and --process need one another")
+    names = ("out", "checkpoint", "resume", "stop_after", "coordinator", "processes", "process")
+    return settings, {"parallel": parallel} | {name: getattr(args, name) for name in names}
+
+
+HEARTBEAT_SECONDS = 20
+
+
+def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
+    """Joins the other processes, if there are any.
+
+    When one of them dies, the others end with an error after two heartbeats at the latest.
+    """
+    if coordinator is not None:
+        jax.distributed.initialize(
+            None if coordinator == "auto" else coordinator,
+            num_processes=processes,
+            process_id=process,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
-    settings, files = parse_arguments(argv)
+    settings, rest = parse_arguments(argv)
+    join(*(rest.pop(name) for name in ("coordinator", "processes", "process")))
     try:
-        train(settings, **files)
+        train(settings, **rest)
     except (data.InputError, FloatingPointError) as error:
         sys.exit(f"train_lm: {error}")
 

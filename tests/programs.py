@@ -129,11 +129,18 @@ BYTES = {
 
 
 class Moved(NamedTuple):
-    """A collective: its kind, the dtype that moves, and the bytes of its result on one device."""
+    """A collective: its kind, the dtype that moves, and the elements of its result on one device.
+
+    XLA:CPU moves bfloat16 as float32, and FP8 as float16; bytes and integers as they are.
+    """
 
     kind: str
     dtype: str
-    bytes: int
+    elements: int
+
+    @property
+    def bytes(self) -> int:
+        return self.elements * BYTES[self.dtype]
 
 
 def traffic(hlo):
@@ -142,13 +149,15 @@ def traffic(hlo):
     found = []
     for result, kind in re.findall(rf"= (\(?\w+\[.*?) ({kinds})(?:-start)?\(", hlo):
         parts = re.findall(r"\b(\w+)\[([\d,]*)\]", result)
-        sizes = [BYTES[d] * math.prod(int(n) for n in shape.split(",") if n) for d, shape in parts]
+        sizes = [math.prod(int(n) for n in shape.split(",") if n) for _, shape in parts]
         found.append(Moved(kind, parts[0][0], sum(sizes)))
     return found
 
 
-def moved_bytes(hlo, *kinds):
-    return sum(m.bytes for m in traffic(hlo) if m.kind in kinds)
+def stated_dtypes(lowered, kind):
+    """The dtypes that the program asks a kind of collective ("all_gather") to move, before XLA widens any."""
+    found = re.findall(rf"stablehlo\.{kind}\W.*-> tensor<(?:\d+x)*(\w+)>", lowered.as_text())
+    return set(found)
 
 
 def multiply_adds(hlo):

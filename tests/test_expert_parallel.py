@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxfp8
 from tests import oracle_quantize
-from tests.programs import assert_same_bits, moved_bytes, traffic
+from tests.programs import assert_same_bits, stated_dtypes, traffic
 
 SLOW = pytest.mark.slow
 RNG = np.random.default_rng(0)
@@ -56,10 +56,8 @@ def mesh_of(*shape, axis_type=AxisType.Auto):
     return jax.make_mesh(shape, axes, devices=devices, axis_types=(axis_type,) * len(shape))
 
 
-def layer(x, gate, up, down, expert, axis_name=None, max_rows=None):
-    tokens, sizes, route = jaxfp8.dispatch(
-        x, expert, EXPERTS, axis_name=axis_name, max_rows=max_rows
-    )
+def layer(x, gate, up, down, expert, axis_name=None, **options):
+    tokens, sizes, route = jaxfp8.dispatch(x, expert, EXPERTS, axis_name=axis_name, **options)
     hidden = jax.nn.silu(jaxfp8.ragged_dot(tokens, up, sizes, preferred_element_type=x.dtype))
     y = jaxfp8.ragged_dot(hidden, down, sizes, preferred_element_type=x.dtype)
     return jaxfp8.combine(y, gate, route)
@@ -220,7 +218,8 @@ def test_rows_that_suffice_change_nothing():
 # ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("remat", [True, pytest.param(False, marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("remat", [True, False])
 def test_scan_over_layers(remat):
     """Two layers that route differently."""
     up, down = np.stack([UP, UP[::-1]]), np.stack([DOWN, DOWN[::-1]])
@@ -281,33 +280,36 @@ def test_any_shard_map(axis_type, check_vma):
 # ------------------------------------------------------------------------------------------------
 
 
-def test_rows_move_once_each_way_and_in_fp8_to_the_experts():
-    """Forward and backward: tokens and gradients of results go in one byte an element and scales, rest in bfloat16."""
+def test_rows_move_once_each_way_and_to_the_experts_in_half_the_bytes():
+    """Forward and backward: tokens and gradients of results in one byte an element and scales, the rest in bfloat16."""
     mesh = mesh_of(4)
 
-    def bf16(f):
+    def compiled(quantized):
         def run(x, *rest, axis_name):
-            y = f(x.astype(jnp.bfloat16), *rest, axis_name=axis_name)
+            y = layer(x.astype(jnp.bfloat16), *rest, axis_name, quantized=quantized)
             return y.astype(jnp.bfloat16)
 
-        return run
-
-    def compiled(f):
-        run = train(sharded(mesh, bf16(f)))
+        step = train(sharded(mesh, run))
         dy = jnp.asarray(DY, jnp.bfloat16)
-        return run.lower(X, GATE, UP, DOWN, ROUTES["uneven"], dy).compile().as_text()
+        lowered = step.lower(X, GATE, UP, DOWN, ROUTES["uneven"], dy)
+        return lowered, traffic(lowered.compile().as_text())
 
-    fp8 = compiled(layer)
-    rows = [m for m in traffic(fp8) if m.kind == "all-to-all"]
-    assert sorted(m.dtype for m in rows) == ["bf16", "bf16", "u8", "u8"]
-    counts = [m for m in traffic(fp8) if m.kind != "all-to-all"]
+    lowered, moved = compiled(True)
+    assert stated_dtypes(lowered, "all_to_all") == {"ui8", "bf16"}
+    rows = [m for m in moved if m.kind == "all-to-all"]
+    there, back = ([m for m in rows if (m.dtype == "u8") == fp8] for fp8 in (True, False))
+    assert len(there) == len(back) == 2
     # Everyone's counts, 4 bytes for a device and expert; nothing else moves.
+    counts = [m for m in moved if m not in rows]
     assert {(m.kind, m.dtype) for m in counts} == {("all-gather", "s32")}
     assert sum(m.bytes for m in counts) <= 2 * 4 * 4 * EXPERTS
 
-    there, back = (sum(m.bytes for m in rows if m.dtype == d) for d in ("u8", "bf16"))
-    assert back == moved_bytes(fp8, "all-to-all") - there
-    assert there / back <= 0.55  # equally many rows move back, in bfloat16
+    lowered, moved = compiled(False)
+    assert stated_dtypes(lowered, "all_to_all") == {"bf16"}
+    both = sum(2 * m.elements for m in moved if m.kind == "all-to-all")
+    bf16 = both - sum(2 * m.elements for m in back)  # combine is the same in both
+    assert bf16 == both / 2
+    assert sum(m.bytes for m in there) <= 0.55 * bf16
 
 
 def test_a_gpu_sends_only_the_rows_that_exist(monkeypatch):

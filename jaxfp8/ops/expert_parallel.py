@@ -53,7 +53,8 @@ class Route:
       R where there is none.
     - `here`: the sorted rows for each device, and `there`: where they start on it.
     - `arrivals`: the arrived rows of each device, and `origin`: where they start among its sorted ones.
-    - `shape`: (T, k). `axis_name`: the expert axis, or None. `recipe`: the recipe in force.
+    - `shape`: (T, k). `axis_name`: the expert axis, or None. `recipe`: the recipe in force, None for rows that travel
+      in their own dtype.
     """
 
     order: Any
@@ -66,7 +67,7 @@ class Route:
     origin: Any
     shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
     axis_name: Any = dataclasses.field(metadata={"static": True})
-    recipe: Recipe = dataclasses.field(metadata={"static": True})
+    recipe: Recipe | None = dataclasses.field(metadata={"static": True})
 
 
 def _exclusive_sum(x, axis=-1):
@@ -207,8 +208,11 @@ def _unpack(packed, k, dtype):
     return lax.bitcast_convert_type(bits, dtype), scale
 
 
-def _send_fp8(x, copies, route: Route, fmt: qt.Format):
-    """The rows of x (..., K) that `copies` gives for the sorted rows, through FP8 to their experts, in x's dtype."""
+def _send_rows(x, copies, route: Route, format_of):
+    """The rows of x (..., K) that `copies` gives for the sorted rows, to their experts, in x's dtype; through FP8."""
+    if route.recipe is None:
+        return _send(_take(x, copies), route)
+    fmt = format_of(route.recipe)
     q = qt.rows(x, ("m", "k"), fmt).array
     packed = _send(_take(_pack(q.data, q.scale), copies), route)
     data, scale = _unpack(packed, x.shape[1], fmt.dtype)
@@ -233,7 +237,7 @@ def _inverse(route: Route):
 def _to_experts(x, route: Route):
     """x (T, K) -> grouped rows (R, K)."""
     copies = route.order // route.shape[1]
-    return _send_fp8(x, copies, route, qt.forward_format(route.recipe))
+    return _send_rows(x, copies, route, qt.forward_format)
 
 
 def _to_experts_fwd(x, route):
@@ -262,7 +266,7 @@ def _from_experts_fwd(y, route):
 
 def _from_experts_bwd(route, ct):
     identity = jnp.arange(ct.shape[0], dtype=jnp.int32)
-    return _send_fp8(ct, identity, route, qt.gradient_format(route.recipe)), None
+    return _send_rows(ct, identity, route, qt.gradient_format), None
 
 
 _from_experts.defvjp(_from_experts_fwd, _from_experts_bwd)
@@ -280,6 +284,7 @@ def dispatch(
     *,
     axis_name: str | None = None,
     max_rows: int | None = None,
+    quantized: bool = True,
     recipe: Recipe | None = None,
 ) -> tuple[jax.Array, jax.Array, Route]:
     """Sends each token to the devices of its experts, as FP8 data and scales.
@@ -299,6 +304,7 @@ def dispatch(
     - `axis_name`: the mesh axis of `shard_map` over which experts (and tokens) are cut; None for one device.
     - `max_rows`: rows of the result. None is what always suffices: the axis's size times `T * k`. With fewer, memory
       is saved, and tokens that find no place on an overfull device come out of `combine` as NaN.
+    - `quantized`: False sends tokens, and gradients of results, in their own dtype: what FP8 is compared with.
     - `recipe`: a `jaxfp8.Recipe`: `dtype` and `scale_format` of tokens, `grad_dtype` and `grad_scale_format` of
       gradients; None is the one in force.
 
@@ -312,7 +318,7 @@ def dispatch(
     **Raises:** TypeError or ValueError for operands that do not fit, or an axis that is not one of `shard_map`'s.
     """
     function = "dispatch"
-    recipe = current_recipe(function, recipe)
+    recipe = current_recipe(function, recipe) if quantized else None
     x = checks.array(function, "x", x, "(T, K)")
     if not (hasattr(expert, "shape") and jnp.issubdtype(expert.dtype, jnp.integer)):
         got = getattr(expert, "dtype", type(expert).__name__)

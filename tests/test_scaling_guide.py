@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
@@ -96,15 +98,11 @@ def test_every_way_computes_the_loss_and_the_gradients_of_one_device(guide):
 
 def test_the_mixture_computes_what_one_device_does(guide):
     space = next(space for section, space in guide if section == "Expert parallel")
-    whole = jax.shard_map(
-        space["mixture"],
-        mesh=jax.make_mesh((1,), ("expert",), devices=jax.devices()[:1]),
-        in_specs=jax.P("expert"),
-        out_specs=jax.P("expert"),
-    )
-    with jax.set_mesh(jax.make_mesh((1,), ("expert",), devices=jax.devices()[:1])):
-        arrays = [jax.tree.map(np.asarray, space[n]) for n in ("x", "expert", "gate", "experts")]
-        want = np.asarray(jax.jit(whole)(*arrays))
+    one = jax.make_mesh((1,), ("expert",), devices=jax.devices()[:1], axis_types=(AxisType.Auto,))
+    spec = P("expert")
+    whole = jax.jit(jax.shard_map(space["mixture"], mesh=one, in_specs=spec, out_specs=spec))
+    names = "x", "expert", "gate", "experts"
+    want = np.asarray(whole(*(jax.tree.map(np.asarray, space[n]) for n in names)))
     np.testing.assert_array_equal(np.asarray(space["y"]), want)
 
 

@@ -104,17 +104,18 @@ class Parallel:
 
     # ---- where things live -----------------------------------------------------------------------
 
-    def specs(self, params: Any, experts: int) -> Any:
+    def specs(self, params: Any) -> Any:
         """A PartitionSpec for each parameter."""
 
         def spec(path, x):
             name = path[-1].key
             axes: list[Any] = [None] * x.ndim
             if name in MODEL_AXIS:
-                axes[MODEL_AXIS[name]] = "model"
+                if self.model > 1:
+                    axes[MODEL_AXIS[name]] = "model"
                 if self.fsdp:
                     axes[FSDP_AXIS[name]] = "data"
-                if experts and name in ("gate_up", "down"):
+                if self.expert > 1 and name in ("gate_up", "down"):
                     axes[1] = "expert"  # after the layers
             return P(*axes)
 

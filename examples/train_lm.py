@@ -460,7 +460,7 @@ class Run:
             return params, self.optimizer.init(params)
 
         params, optimizer_state = jax.eval_shape(make, key)
-        self.specs = self.parallel.specs(params, self.model.experts)
+        self.specs = self.parallel.specs(params)
         # Moments lie where their parameters do; counters everywhere.
         optimizer_specs = optax.tree_utils.tree_map_params(
             self.optimizer,

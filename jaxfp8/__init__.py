@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from ._quantized_array import QuantizedArray as QuantizedArray
     from ._quantized_weight import QuantizedWeight as QuantizedWeight
     from ._recipe import Recipe as Recipe
+    from ._tune import Product as Product
+    from ._tune import load_tuned as load_tuned
+    from ._tune import products_of as products_of
+    from ._tune import tune as tune
     from .kernels.gemm import gemm as gemm
     from .kernels.gemm import wgrad_gemm as wgrad_gemm
     from .kernels.grouped_gemm import grouped_gemm as grouped_gemm
@@ -47,6 +51,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "AutocastPolicy": "_autocast",
     "Explanation": "_explain",
+    "Product": "_tune",
     "QuantizedArray": "_quantized_array",
     "QuantizedWeight": "_quantized_weight",
     "Recipe": "_recipe",
@@ -64,12 +69,15 @@ _MODULES = {
     "grouped_gemm": "kernels.grouped_gemm",
     "grouped_wgrad_gemm": "kernels.grouped_gemm",
     "linear": "ops.linear",
+    "load_tuned": "_tune",
     "masked_grouped_gemm": "kernels.grouped_gemm",
     "prequantize": "ops.prequantize",
+    "products_of": "_tune",
     "quantize": "kernels.quantize",
     "quantize_both": "kernels.quantize",
     "quantize_weight": "kernels.quantize",
     "ragged_dot": "ops.ragged_dot",
+    "tune": "_tune",
     "wgrad_gemm": "kernels.gemm",
 }
 

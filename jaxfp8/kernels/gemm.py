@@ -17,6 +17,7 @@ from .._operation import Call
 from .._partition import Kernel, arrange, restore
 from .._quantized_array import QuantizedArray
 from .._recipe import check_num_sms, current_recipe
+from .._tune import check_config, config_index, product_of_call
 from .quantize import ROW, ROW_SCALE, SQUARE, Named, dequantize_blocks
 
 # --------------------------------------------------------------------------------------------------
@@ -42,7 +43,7 @@ def add_accum(product, accum, out_dtype):
 
 
 def _reference(rhs_block):
-    def reference(lhs, lhs_scale, rhs, rhs_scale, *accum, out_dtype, num_sms):
+    def reference(lhs, lhs_scale, rhs, rhs_scale, *accum, out_dtype, num_sms, config):
         lhs = dequantize_blocks(lhs, lhs_scale, ROW)
         rhs = dequantize_blocks(rhs, rhs_scale, rhs_block)
         if lhs.shape[0] == 1:
@@ -70,11 +71,10 @@ def product_call(name, reference, scale_operands):
     Operands 0 and 2 are FP8 data, `scale_operands` the positions of M-major scales; an accumulator comes last.
     """
 
-    def custom_call(*operands, out_dtype, num_sms):
+    def custom_call(*operands, out_dtype, num_sms, config):
         accum = [v for v in operands[4:] if not jnp.issubdtype(v.dtype, jnp.integer)]
-        (result,) = jax.eval_shape(
-            lambda *xs: reference(*xs, out_dtype=out_dtype, num_sms=num_sms), *operands
-        )
+        params = {"out_dtype": out_dtype, "num_sms": num_sms, "config": config}
+        (result,) = jax.eval_shape(lambda *xs: reference(*xs, **params), *operands)
         if any(0 in v.shape for v in (*operands, result)):
             return [add_accum(jnp.zeros(result.shape, jnp.float32), accum, out_dtype)]
         padded = [_pad_rows(v) if i in (0, 2) else v for i, v in enumerate(operands)]
@@ -88,7 +88,8 @@ def product_call(name, reference, scale_operands):
             input_layouts=layouts,
             input_output_aliases={len(padded) - 1: 0} if accum else {},
         )
-        return call(*padded, config=np.int32(-1), num_sms=np.int32(num_sms))
+        index = config_index(product_of_call(name, operands, out_dtype, num_sms), config)
+        return call(*padded, config=np.int32(index), num_sms=np.int32(num_sms))
 
     return custom_call
 
@@ -142,19 +143,21 @@ def _gemm_local(lhs, lhs_scale, rhs, rhs_scale, *accum, call):
 gemm_kernel = Kernel("jaxfp8_gemm", _gemm_local, together=((0, 1), (2, 3)))
 
 
-def product_attributes(out_dtype, num_sms) -> tuple:
-    """Parameters of a product's leaf; `num_sms` 0 is all of them."""
-    return (("num_sms", num_sms or 0), ("out_dtype", np.dtype(out_dtype)))
+def product_attributes(out_dtype, num_sms, config) -> tuple:
+    """Parameters of a product's leaf; `num_sms` 0: all of them; `config` None: of the tables or the heuristic."""
+    return (("config", config), ("num_sms", num_sms or 0), ("out_dtype", np.dtype(out_dtype)))
 
 
-def product(lhs: Named, rhs: Named, out, out_dtype, *, num_sms=None, accum=None, wanted=()):
+def product(
+    lhs: Named, rhs: Named, out, out_dtype, *, num_sms=None, config=None, accum=None, wanted=()
+):
     """The product of two named quantized arrays, summed over the names that `out` lacks."""
     ins: tuple[tuple[str, ...], ...] = (lhs.dims, lhs.scale_dims, rhs.dims, rhs.scale_dims)
     operands = [lhs.array.data, lhs.array.scale, rhs.array.data, rhs.array.scale]
     if accum is not None:
         ins, operands = (*ins, out), [*operands, accum]
     kernel_dtype = out_dtype if np.dtype(out_dtype) in checks.OUTPUT_DTYPES else np.float32
-    call = Call(ins, (out,), product_attributes(kernel_dtype, num_sms), wanted)
+    call = Call(ins, (out,), product_attributes(kernel_dtype, num_sms, config), wanted)
     return gemm_kernel(*operands, call=call)[0].astype(out_dtype)
 
 
@@ -191,6 +194,7 @@ def gemm(
     out_dtype: Any = None,
     accum: Any = None,
     num_sms: int | None = None,
+    config: str | None = None,
 ) -> jax.Array:
     """The product of two quantized arrays, contracted over the last axis of both.
 
@@ -204,6 +208,8 @@ def gemm(
     - `out_dtype`: bfloat16 (default) or float32; with `accum`, its dtype.
     - `accum`: an array of the result's shape and dtype to add, in float32; its buffer becomes the result's if donated.
     - `num_sms`: multiprocessors to use on a GPU; None takes the recipe's.
+    - `config`: the kernel's configuration by name, such as `"m128n128 cluster 2x1"` (`jaxfp8.Product(...).configs`
+      lists them); None takes the measured one (`jaxfp8.tune`), else the heuristic's.
 
     **Returns:** `(..., M, N)` or `(G, M, N)`.
 
@@ -229,8 +235,15 @@ def gemm(
     shape = (*lhs.shape[:-1], rhs.shape[-2])
     accum, out_dtype = check_accum("gemm", accum, shape, out_dtype, jnp.bfloat16)
     num_sms = resolve_num_sms("gemm", num_sms)
+    check_config("gemm", config, "gemm_1d2d" if rhs.block == SQUARE else "gemm_1d1d")
     return product(
-        name_dims(lhs, left), name_dims(rhs, right), out, out_dtype, num_sms=num_sms, accum=accum
+        name_dims(lhs, left),
+        name_dims(rhs, right),
+        out,
+        out_dtype,
+        num_sms=num_sms,
+        config=config,
+        accum=accum,
     )
 
 
@@ -241,6 +254,7 @@ def wgrad_gemm(
     out_dtype: Any = None,
     accum: Any = None,
     num_sms: int | None = None,
+    config: str | None = None,
 ) -> jax.Array:
     """The product of a weight gradient: contracted over tokens, both operands in 1x128 blocks along them.
 
@@ -252,6 +266,8 @@ def wgrad_gemm(
     - `accum`: an `(N, K)` array to add, such as the gradient of earlier microbatches; its buffer becomes the result's
       if donated.
     - `num_sms`: multiprocessors to use on a GPU; None takes the recipe's.
+    - `config`: the kernel's configuration by name, such as `"m128n128 cluster 2x1"` (`jaxfp8.Product(...).configs`
+      lists them); None takes the measured one (`jaxfp8.tune`), else the heuristic's.
 
     **Returns:** `(N, K)`.
 
@@ -263,8 +279,9 @@ def wgrad_gemm(
     shape = (lhs.shape[0], rhs.shape[0])
     accum, out_dtype = check_accum("wgrad_gemm", accum, shape, out_dtype, jnp.float32)
     num_sms = resolve_num_sms("wgrad_gemm", num_sms)
+    check_config("wgrad_gemm", config, "gemm_1d1d")
     left, right = name_dims(lhs, ("n", "t")), name_dims(rhs, ("k", "t"))
-    return product(left, right, ("n", "k"), out_dtype, num_sms=num_sms, accum=accum)
+    return product(left, right, ("n", "k"), out_dtype, num_sms=num_sms, config=config, accum=accum)
 
 
 def name_dims(q: QuantizedArray, dims) -> Named:

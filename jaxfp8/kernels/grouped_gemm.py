@@ -13,6 +13,7 @@ from .._blocks import BLOCK, ceil_blocks, group_bounds, padded_starts
 from .._operation import Call
 from .._partition import Kernel
 from .._quantized_array import QuantizedArray
+from .._tune import check_config
 from .._types import match_varying
 from ._mapped import mapped
 from .gemm import (
@@ -45,7 +46,7 @@ def _walk_tiles(tiles, body, init, operands):
     return lax.fori_loop(0, ends[-1], step, init)
 
 
-def _reference_grouped(lhs, lhs_scale, rhs, rhs_scale, sizes, *, out_dtype, num_sms):
+def _reference_grouped(lhs, lhs_scale, rhs, rhs_scale, sizes, *, out_dtype, num_sms, config):
     """(M, K) . (G, N, K) -> (M, N); a row uses the matrix of its group, rows past the last group are zero."""
     m, k = lhs.shape
     groups, n, _ = rhs.shape
@@ -67,7 +68,7 @@ def _reference_grouped(lhs, lhs_scale, rhs, rhs_scale, sizes, *, out_dtype, num_
     return [y[:m]]
 
 
-def _reference_masked(lhs, lhs_scale, rhs, rhs_scale, sizes, *, out_dtype, num_sms):
+def _reference_masked(lhs, lhs_scale, rhs, rhs_scale, sizes, *, out_dtype, num_sms, config):
     """(G, M, K) . (G, N, K) -> (G, M, N); rows past `sizes[g]` are zero."""
     lhs = dequantize_blocks(lhs, lhs_scale, ROW)
     rhs = dequantize_blocks(rhs, rhs_scale, SQUARE)
@@ -75,7 +76,7 @@ def _reference_masked(lhs, lhs_scale, rhs, rhs_scale, sizes, *, out_dtype, num_s
     return [jnp.where(inside[:, :, None], contract(lhs, rhs), 0).astype(out_dtype)]
 
 
-def _reference_wgrad(lhs, lhs_scale, rhs, rhs_scale, sizes, *accum, out_dtype, num_sms):
+def _reference_wgrad(lhs, lhs_scale, rhs, rhs_scale, sizes, *accum, out_dtype, num_sms, config):
     """(N, T) . (K, T) -> (G, N, K); T is the group-padded token axis."""
     n, padded = lhs.shape
     k = rhs.shape[0]
@@ -133,7 +134,17 @@ grouped_wgrad_kernel = Kernel(
 
 
 def grouped_product(
-    kernel, lhs: Named, rhs: Named, sizes, sizes_dims, out, out_dtype, *, num_sms=None, accum=None
+    kernel,
+    lhs: Named,
+    rhs: Named,
+    sizes,
+    sizes_dims,
+    out,
+    out_dtype,
+    *,
+    num_sms=None,
+    config=None,
+    accum=None,
 ):
     """The product of two named quantized arrays and group sizes."""
     ins: tuple[tuple[str, ...], ...]
@@ -142,7 +153,7 @@ def grouped_product(
     if accum is not None:
         ins, operands = (*ins, out), [*operands, accum]
     kernel_dtype = out_dtype if out_dtype in checks.OUTPUT_DTYPES else jnp.float32
-    call = Call(ins, (out,), product_attributes(kernel_dtype, num_sms))
+    call = Call(ins, (out,), product_attributes(kernel_dtype, num_sms, config))
     return kernel(*operands, call=call)[0].astype(out_dtype)
 
 
@@ -165,6 +176,7 @@ def grouped_gemm(
     *,
     out_dtype: Any = jnp.bfloat16,
     num_sms: int | None = None,
+    config: str | None = None,
 ) -> jax.Array:
     """A product in which each group of rows has its own matrix: the experts of a mixture.
 
@@ -177,6 +189,8 @@ def grouped_gemm(
     - `group_sizes`: int32 `(G,)` on the device: rows of each group. Negative counts as zero; groups are clipped to M.
     - `out_dtype`: bfloat16 or float32.
     - `num_sms`: multiprocessors to use on a GPU; None takes the recipe's.
+    - `config`: the kernel's configuration by name, such as `"m128n128 cluster 2x1"` (`jaxfp8.Product(...).configs`
+      lists them); None takes the measured one (`jaxfp8.tune`), else the heuristic's.
 
     **Returns:** `(M, N)`. Rows past the last group are zero.
 
@@ -186,10 +200,19 @@ def grouped_gemm(
     sizes = checks.group_sizes("grouped_gemm", "group_sizes", group_sizes, rhs.shape[0])
     out_dtype = checks.output_dtype("grouped_gemm", "out_dtype", out_dtype)
     num_sms = resolve_num_sms("grouped_gemm", num_sms)
+    check_config("grouped_gemm", config, "grouped_gemm")
     left = Named(lhs, ("m", "k"), ("m", "k/"))
     right = Named(rhs, ("g", "n", "k"), ("g", "n/", "k/"))
     return grouped_product(
-        grouped_kernel, left, right, sizes, ("g",), ("m", "n"), out_dtype, num_sms=num_sms
+        grouped_kernel,
+        left,
+        right,
+        sizes,
+        ("g",),
+        ("m", "n"),
+        out_dtype,
+        num_sms=num_sms,
+        config=config,
     )
 
 
@@ -200,6 +223,7 @@ def masked_grouped_gemm(
     *,
     out_dtype: Any = jnp.bfloat16,
     num_sms: int | None = None,
+    config: str | None = None,
 ) -> jax.Array:
     """A batched product that computes only the first rows of each batch: decoding with a fixed capacity.
 
@@ -210,6 +234,8 @@ def masked_grouped_gemm(
     - `masked_m`: int32 `(G,)` on the device: rows of each batch that count. Clipped to 0 .. M.
     - `out_dtype`: bfloat16 or float32.
     - `num_sms`: multiprocessors to use on a GPU; None takes the recipe's.
+    - `config`: the kernel's configuration by name, such as `"m128n128 cluster 2x1"` (`jaxfp8.Product(...).configs`
+      lists them); None takes the measured one (`jaxfp8.tune`), else the heuristic's.
 
     **Returns:** `(G, M, N)`. Rows past `masked_m[g]` are zero.
 
@@ -220,11 +246,20 @@ def masked_grouped_gemm(
     sizes = checks.group_sizes("masked_grouped_gemm", "masked_m", masked_m, rhs.shape[0])
     out_dtype = checks.output_dtype("masked_grouped_gemm", "out_dtype", out_dtype)
     num_sms = resolve_num_sms("masked_grouped_gemm", num_sms)
+    check_config("masked_grouped_gemm", config, "masked_grouped_gemm")
     left = Named(lhs, ("g", "m", "k"), ("g", "m", "k/"))
     right = Named(rhs, ("g", "n", "k"), ("g", "n/", "k/"))
     out = ("g", "m", "n")
     return grouped_product(
-        masked_kernel, left, right, sizes, ("g",), out, out_dtype, num_sms=num_sms
+        masked_kernel,
+        left,
+        right,
+        sizes,
+        ("g",),
+        out,
+        out_dtype,
+        num_sms=num_sms,
+        config=config,
     )
 
 
@@ -236,6 +271,7 @@ def grouped_wgrad_gemm(
     out_dtype: Any = None,
     accum: Any = None,
     num_sms: int | None = None,
+    config: str | None = None,
 ) -> jax.Array:
     """The weight gradient of each group: contracted over its tokens, both operands in 1x128 blocks along them.
 
@@ -247,6 +283,8 @@ def grouped_wgrad_gemm(
     - `out_dtype`: float32 (default) or bfloat16; with `accum`, its dtype.
     - `accum`: a `(G, N, K)` array to add; its buffer becomes the result's if donated.
     - `num_sms`: multiprocessors to use on a GPU; None takes the recipe's.
+    - `config`: the kernel's configuration by name, such as `"m128n128 cluster 2x1"` (`jaxfp8.Product(...).configs`
+      lists them); None takes the measured one (`jaxfp8.tune`), else the heuristic's.
 
     **Returns:** `(G, N, K)`; zeros (plus `accum`) for an empty group.
 
@@ -266,6 +304,7 @@ def grouped_wgrad_gemm(
     shape = (groups, lhs.shape[0], rhs.shape[0])
     accum, out_dtype = check_accum(function, accum, shape, out_dtype, jnp.float32)
     num_sms = resolve_num_sms(function, num_sms)
+    check_config(function, config, function)
     left, right = Named(lhs, ("n", "t"), ("n", "t/")), Named(rhs, ("k", "t"), ("k", "t/"))
     return grouped_product(
         grouped_wgrad_kernel,
@@ -276,5 +315,6 @@ def grouped_wgrad_gemm(
         ("g", "n", "k"),
         out_dtype,
         num_sms=num_sms,
+        config=config,
         accum=accum,
     )

@@ -26,7 +26,7 @@ from jax.extend.core.primitives import dot_general_p
 
 from . import _checks as checks
 from . import _products as prods
-from ._products import Facts, Found, Knowledge, Leaf, Nested, Plan, Planner, Product
+from ._products import Candidate, Facts, Found, Knowledge, Leaf, Nested, Plan, Planner
 from ._recipe import Recipe, current_recipe
 from .kernels import quantize as qt
 from .kernels.gemm import product as gemm_product
@@ -65,7 +65,7 @@ class AutocastPolicy:
       from, or a name such as `embed_tokens`.
     - `heads`: run products whose results are ranked or normalized across features (a softmax, argmax or top_k follows:
       the logits of a head or of a router), or with a name such as `lm_head` or `router`.
-    - `predicate`: `(Product) -> bool | None`; None leaves the product to the other rules.
+    - `predicate`: `(Candidate) -> bool | None`; None leaves the product to the other rules.
     - `weight`: which operand is the weight (128x128 blocks): `"lhs"`, `"rhs"`, or `"infer"`: the one that does not vary
       with the batch.
     - `weight_argnums`: the function's arguments that hold weights; all its other arguments then vary with the batch.
@@ -87,7 +87,7 @@ class AutocastPolicy:
     exclude: tuple[str, ...] = ()
     embeddings: bool = False
     heads: bool = False
-    predicate: Callable[[Product], bool | None] | None = None
+    predicate: Callable[[Candidate], bool | None] | None = None
     weight: Literal["infer", "lhs", "rhs"] = "infer"
     weight_argnums: tuple[int, ...] | None = None
 
@@ -108,7 +108,7 @@ class AutocastPolicy:
                 )
         if self.predicate is not None and not callable(self.predicate):
             raise TypeError(
-                f"AutocastPolicy: predicate is {self.predicate!r}; allowed: a function of a Product, or None"
+                f"AutocastPolicy: predicate is {self.predicate!r}; allowed: a function of a Candidate, or None"
             )
         if self.weight not in ("infer", "lhs", "rhs"):
             raise ValueError(
@@ -123,7 +123,7 @@ class AutocastPolicy:
         fields = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
         return f"AutocastPolicy({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in fields)})"
 
-    def judge(self, product: Product, facts: Facts) -> str:
+    def judge(self, product: Candidate, facts: Facts) -> str:
         """Why a product that could run in FP8 does not; empty if it does."""
         if self.predicate is not None:
             verdict = self.predicate(product)
@@ -142,7 +142,7 @@ class AutocastPolicy:
                 return f"size: {name.upper()}={size} is below {least}"
         return ""
 
-    def _special(self, product: Product, facts: Facts) -> str:
+    def _special(self, product: Candidate, facts: Facts) -> str:
         named = functools.partial(prods.judge_scope_names, product)
         if not self.embeddings:
             if facts.one_hot:
@@ -400,7 +400,7 @@ class Rewriter:
 
     # ---- products --------------------------------------------------------------------------------
 
-    def _product(self, eqn, product: Product, operands) -> list[Any]:
+    def _product(self, eqn, product: Candidate, operands) -> list[Any]:
         if product.reason:
             with jax.named_scope(kept_scope(product.reason)):
                 return _as_is(eqn, operands)
@@ -621,7 +621,7 @@ def fp8_scope(weight_path: str) -> str:
 # ------------------------------------------------------------------------------------------------
 
 
-def replacement(eqn: Any, product: Product, operands: Sequence[Any], recipe: Recipe) -> jax.Array:
+def replacement(eqn: Any, product: Candidate, operands: Sequence[Any], recipe: Recipe) -> jax.Array:
     """The FP8 product of an equation's operands, in the equation's result type."""
     if product.kind == "ragged_dot":
         return _ragged(product, operands, recipe)
@@ -700,7 +700,7 @@ def _arranged(x, groups: Sequence[Sequence[int]]) -> jax.Array:
     return jnp.transpose(x, order).reshape(shape)
 
 
-def _ragged(product: Product, operands, recipe: Recipe) -> jax.Array:
+def _ragged(product: Candidate, operands, recipe: Recipe) -> jax.Array:
     lhs, rhs, sizes = operands
     if product.role == "forward":
         return ragged_dot(lhs, rhs, sizes, preferred_element_type=product.out_dtype, recipe=recipe)

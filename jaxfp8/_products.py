@@ -29,7 +29,7 @@ FLOAT_DTYPES = tuple(np.dtype(d) for d in (jnp.float32, jnp.bfloat16, jnp.float1
 
 
 @dataclasses.dataclass(frozen=True)
-class Product:
+class Candidate:
     """One product of a traced function, as a policy sees it.
 
     **Arguments:**
@@ -449,7 +449,7 @@ class Found:
     """A product and what becomes of it: at equation `index` of its jaxpr."""
 
     index: int
-    product: Product
+    product: Candidate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -472,7 +472,7 @@ class Plan:
 
     items: tuple[Found | Nested, ...]
 
-    def products(self) -> Iterable[Product]:
+    def products(self) -> Iterable[Candidate]:
         """Every product, in program order."""
         for item in self.items:
             if isinstance(item, Found):
@@ -487,7 +487,7 @@ class Plan:
         return any(p.fp8 for p in self.products())
 
 
-Judge = Callable[[Product, "Facts"], str]
+Judge = Callable[[Candidate, "Facts"], str]
 """Why a product that can run in FP8 does not; empty if it does."""
 
 
@@ -633,7 +633,7 @@ class Planner:
 
     # ---- one product -----------------------------------------------------------------------------
 
-    def _product(self, eqn, operands, axes, scope, repeats, jaxpr, read) -> Product:
+    def _product(self, eqn, operands, axes, scope, repeats, jaxpr, read) -> Candidate:
         lhs, rhs = eqn.invars[:2]
         out = eqn.outvars[0]
         dims = dimensions(eqn)
@@ -668,7 +668,7 @@ class Planner:
             sizes["batch"] = eqn.invars[2].aval.shape[-1]
             if role != "weight gradient" and found is not None:
                 sizes["n"] = rhs.aval.shape[3 - dims.contract[1][0]]
-        product = Product(
+        product = Candidate(
             kind="ragged_dot" if ragged else "dot_general",
             scope=scope,
             weight_path="" if weight is None else known.path(operands[w]),
@@ -766,7 +766,7 @@ def join_scopes(outer: str, inner: str) -> str:
     return f"{outer}/{inner}" if outer and inner else outer or inner
 
 
-def impossible(product: Product, eqn: Any, dims: Dims, tangent: bool) -> str:
+def impossible(product: Candidate, eqn: Any, dims: Dims, tangent: bool) -> str:
     """Why no FP8 operation computes this product; empty if one does."""
     allowed = ", ".join(d.name for d in FLOAT_DTYPES)
     for name, dtype in (
@@ -789,7 +789,7 @@ def impossible(product: Product, eqn: Any, dims: Dims, tangent: bool) -> str:
     return ""
 
 
-def judge_scope_names(product: Product, patterns: Sequence[str]) -> str | None:
+def judge_scope_names(product: Candidate, patterns: Sequence[str]) -> str | None:
     """The first name of a product that a pattern matches in full, or None."""
     for name in product.names:
         if any(re.fullmatch(p, name, re.IGNORECASE) for p in patterns):

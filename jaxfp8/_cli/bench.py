@@ -157,41 +157,66 @@ def command(
 # ------------------------------------------------------------------------------------------------
 
 
-def measure(
-    shape: Shape, mode: str, rounds: int, seconds: float, advance: Callable[[], None]
-) -> Measured:
-    """Both sides of a shape, in alternating rounds."""
+def operands(shape: Shape, *, abstract: bool = False) -> list[Any]:
+    """x, w, dy, and sizes of equal groups if there are groups; abstract: their types."""
+    import jax
+    import jax.numpy as jnp
+
+    _, m, n, k, groups = shape
+
+    def make():
+        keys = jax.random.split(jax.random.key(0), 3)
+        shapes = [(m, k), (groups, k, n) if groups else (k, n), (m, n)]
+        arrays = [
+            jax.random.normal(key, s, jnp.bfloat16) for key, s in zip(keys, shapes, strict=True)
+        ]
+        if groups:
+            arrays.append(jnp.full(groups, m // groups, jnp.int32).at[: m % groups].add(1))
+        return arrays
+
+    return jax.eval_shape(make) if abstract else make()
+
+
+def product(shape: Shape, side: str) -> Callable[..., Any]:
+    """The product of x and w (and sizes) in "fp8" or "bf16"."""
     import jax
     import jax.numpy as jnp
 
     import jaxfp8
 
-    keys = jax.random.split(jax.random.key(0), 3)
-    _, m, n, k, groups = shape
-    x = jax.random.normal(keys[0], (m, k), jnp.bfloat16)
-    if groups:
-        w = jax.random.normal(keys[1], (groups, k, n), jnp.bfloat16)
-        sizes = jnp.full(groups, m // groups, jnp.int32).at[: m % groups].add(1)
-        sides = {
-            "fp8": lambda x, w: jaxfp8.ragged_dot(x, w, sizes),
-            "bf16": lambda x, w: jax.lax.ragged_dot(x, w, sizes),
-        }
-    else:
-        w = jax.random.normal(keys[1], (k, n), jnp.bfloat16)
-        sides = {"fp8": jaxfp8.linear, "bf16": jnp.dot}
-    dy = jax.random.normal(keys[2], (m, n), jnp.bfloat16)
+    if shape.groups:
+        return jaxfp8.ragged_dot if side == "fp8" else jax.lax.ragged_dot
+    return jaxfp8.linear if side == "fp8" else jnp.dot
 
-    def train(f, x, w, dy):
-        y, pull = jax.vjp(f, x, w)
+
+def trained(shape: Shape, side: str = "fp8") -> Callable[..., Any]:
+    """The product and both gradients, of what `operands` gives."""
+    import jax
+
+    f = product(shape, side)
+
+    def train(x, w, dy, *sizes):
+        y, pull = jax.vjp(lambda x, w: f(x, w, *sizes), x, w)
         return y, pull(dy)
 
-    if mode == "train":
-        calls = {
-            s: functools.partial(jax.jit(functools.partial(train, f)), x, w, dy)
-            for s, f in sides.items()
-        }
-    else:
-        calls = {s: functools.partial(jax.jit(f), x, w) for s, f in sides.items()}
+    return train
+
+
+def measure(
+    shape: Shape, mode: str, rounds: int, seconds: float, advance: Callable[[], None]
+) -> Measured:
+    """Both sides of a shape, in alternating rounds."""
+    import jax
+
+    _, m, n, k, _ = shape
+    arrays = operands(shape)
+    calls: dict[str, Callable[[], Any]] = {}
+    for side in ("fp8", "bf16"):
+        if mode == "train":
+            calls[side] = functools.partial(jax.jit(trained(shape, side)), *arrays)
+        else:
+            x, w, _, *sizes = arrays
+            calls[side] = functools.partial(jax.jit(product(shape, side)), x, w, *sizes)
     counts = {}
     for side, call in calls.items():
         jax.block_until_ready(call())
@@ -229,12 +254,11 @@ def gpu_state() -> GpuState | None:
         return None
 
     def query(what):
-        result = subprocess.run(
-            [smi, "-i", "0", what, "--format=csv,noheader,nounits"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-        )
+        arguments = [smi, "-i", "0", what, "--format=csv,noheader,nounits"]
+        try:
+            result = subprocess.run(arguments, capture_output=True, text=True, timeout=20)
+        except subprocess.TimeoutExpired:
+            return None
         return result.stdout.strip() if result.returncode == 0 else None
 
     clocks = query("--query-gpu=clocks.sm,clocks.max.sm,clocks_event_reasons.active")

@@ -83,7 +83,9 @@ def versions() -> Iterator[Finding]:
     from .. import __version__
     from .._ffi import _C
 
-    yield Finding("Python", f"{platform.python_version()}, {platform.platform()}")
+    yield Finding(
+        "Python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"
+    )
     least, most = SUPPORTED_JAX
     supported = least <= jax.__version_info__ < most
     yield Finding(

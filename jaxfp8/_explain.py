@@ -20,7 +20,8 @@ from jax.interpreters import partial_eval
 from . import _ffi
 from . import _products as prods
 from ._autocast import FP8_SCOPE, KEPT_SCOPE, AutocastPolicy, Traced, fp8_scope
-from ._roofline import Device, device, nbytes
+from ._roofline import Device, device, here, nbytes
+from ._tune import config_index, product_of_call
 from .kernels.gemm import TMA_STRIDE
 
 WOULD_RUN = "jaxfp8.autocast would run it in FP8"
@@ -228,7 +229,9 @@ _XLA_NAMES = {
 
 
 @functools.lru_cache(maxsize=4096)
-def _launch(target: str, operands: tuple, results: tuple, num_sms: int, sms: int) -> tuple:
+def _launch(
+    target: str, operands: tuple, results: tuple, config: int, num_sms: int, sms: int
+) -> tuple:
     """Kernel, configuration and grid of a custom call on a GPU with `sms` multiprocessors."""
 
     def plan(config):
@@ -236,7 +239,7 @@ def _launch(target: str, operands: tuple, results: tuple, num_sms: int, sms: int
             target, operands, results, config=config, num_sms=num_sms, device_sms=sms
         )
 
-    chosen = plan(-1)
+    chosen = plan(config)
     for i, name in enumerate(_ffi._C.configs(target)):
         try:
             other = plan(i)
@@ -343,12 +346,22 @@ class _Walk:
                 _ffi.target(f"{name}_accum" if accum else name),
                 tuple((_XLA_NAMES[d.name], s) for s, d in shapes),
                 tuple((_XLA_NAMES[d.name], s) for s, d in results),
+                self.config(eqn, name),
                 int(eqn.params["num_sms"]),
                 self.device.sms,
             )
         except ValueError as error:
             self.notes[f"refused on a Hopper GPU: {error}"] = None
             return "none", "refused on a Hopper GPU", ()
+
+    def config(self, eqn, name) -> int:
+        """The configuration that the program names, or that was tuned on the GPU at hand; -1: the heuristic's."""
+        named, at_hand = eqn.params["config"], here()
+        if named is None and (at_hand is None or device("explain", at_hand) != self.device):
+            return -1
+        avals = [v.aval for v in eqn.invars]
+        product = product_of_call(name, avals, eqn.params["out_dtype"], eqn.params["num_sms"])
+        return config_index(product, named)
 
     def plain(self, eqn, item, scope, repeats):
         product = item.product if item else None

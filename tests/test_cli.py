@@ -45,7 +45,7 @@ def test_without_its_libraries_it_says_what_to_install():
 
 def test_help_lists_the_commands_without_loading_jax_further():
     text = run("--help")
-    for command in ("bench", "doctor", "memory", "roofline"):
+    for command in ("bench", "doctor", "memory", "roofline", "tune"):
         assert command in text
         assert "--help" in run(command, "-h")
     assert "No such command 'docter'" in run("docter", status=2)
@@ -233,6 +233,34 @@ def test_bench_doubts(monkeypatch, figures, before, after, doubt):
     monkeypatch.setattr(jax, "devices", lambda: [Hopper()])
     doubts = bench.doubtful([figures], before, after, "train")
     assert (doubts == []) if doubt is None else (len(doubts) == 1 and doubt in doubts[0])
+
+
+def test_tune_measures_the_products_of_a_layer(tmp_path, monkeypatch):
+    asked = []
+
+    def tune(products, *, path, repeats, report):
+        asked.extend(products)
+        for product in products:
+            report(
+                product,
+                product.configs[1],
+                {c: 1e-6 * (2 + i) for i, c in enumerate(product.configs)},
+            )
+
+    monkeypatch.setattr(jaxfp8, "tune", tune)
+    out = tmp_path / "tuned.json"
+    text = run("tune", "1024x256x512", "512x256x384/4", "--out", str(out))
+    kinds = [p.kind for p in asked]
+    assert sorted(set(kinds)) == ["gemm_1d1d", "gemm_1d2d", "grouped_gemm", "grouped_wgrad_gemm"]
+    assert (
+        kinds.count("gemm_1d2d") == 2 and kinds.count("grouped_gemm") == 2
+    )  # forward, input gradient
+    assert "3 us" in text and "load_tuned" in text
+
+
+def test_tune_without_a_gpu_says_so():
+    assert "Error: tune: " in run("tune", "256x256x256", status=1)
+    assert "give either SHAPES or --model" in run("tune", status=2)
 
 
 def test_models_have_the_shapes_of_their_configurations():

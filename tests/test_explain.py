@@ -94,6 +94,15 @@ def test_kernels_are_those_that_a_launch_would_take(explained):
     assert up.kernel.startswith("gemm_1d2d") and dw.kernel.startswith("gemm_1d1d")
 
 
+def test_a_configuration_asked_for_is_the_one_shown():
+    x, w = (jax.eval_shape(jaxfp8.quantize, struct(T, D)) for _ in range(2))
+    for config in ("m128n128 cluster 2x1", "m64n64 cluster 1x1"):
+        (line,) = explain(
+            lambda x, w, c=config: jaxfp8.gemm(x, w, config=c), x, w, gradient=False
+        ).lines
+        assert line.configuration == config and config.split()[0] in line.kernel
+
+
 def test_why_not(explained):
     def reason(**wanted):
         return {line.reason for line in lines(explained, **wanted)}

@@ -16,6 +16,7 @@ _COMMANDS = {
     "doctor": "What would run here, and why not.",
     "memory": "Bytes of a product: operands, scales, result, workspace.",
     "roofline": "What a product could take at best, and the kernels it would launch.",
+    "tune": "Measure kernel configurations on this GPU and keep the fastest.",
 }
 
 

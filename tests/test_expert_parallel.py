@@ -312,6 +312,47 @@ def test_rows_move_once_each_way_and_to_the_experts_in_half_the_bytes():
     assert sum(m.bytes for m in there) <= 0.55 * bf16
 
 
+def ragged_all_to_all(
+    operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name
+):
+    """What jax.lax.ragged_all_to_all does by its documentation; XLA:CPU has none. Wrong sizes give NaN or 255."""
+    me = jax.lax.axis_index(axis_name)
+    operands, starts, sizes, places = (
+        jax.lax.all_gather(v, axis_name)
+        for v in (operand, input_offsets, send_sizes, output_offsets)
+    )
+    row = jnp.arange(output.shape[0])
+    for source in range(operands.shape[0]):
+        within = row - places[source, me]
+        inside = (within >= 0) & (within < sizes[source, me])
+        rows = operands[source].at[starts[source, me] + within].get(mode="fill")
+        output = jnp.where(inside[:, None], rows, output)
+    wrong = (recv_sizes != sizes[:, me]).any()
+    return jnp.where(wrong, jnp.full_like(output, 255), output)
+
+
+@pytest.mark.parametrize("max_rows", [None, 40])
+def test_rows_of_a_ragged_exchange_are_those_of_the_padded_one(max_rows, monkeypatch):
+    """The offsets and sizes that a GPU's all-to-all gets, held to its documentation; both ways, and their gradients."""
+
+    def layer(x, gate, expert, axis_name):
+        tokens, _, route = jaxfp8.dispatch(
+            x, expert, EXPERTS, axis_name=axis_name, max_rows=max_rows
+        )
+        return jaxfp8.combine(tokens * jnp.abs(tokens), gate, route)
+
+    def run(x, gate, expert, dy):
+        y, pull = jax.vjp(lambda x, gate: sharded(mesh_of(4), layer)(x, gate, expert), x, gate)
+        return y, *pull(dy)
+
+    arrays = X, GATE, ROUTES["some to none"], DY
+    padded = jax.jit(run)(*arrays)
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
+    branch = lambda *operands, cuda, **others: cuda(*operands)  # noqa: E731
+    monkeypatch.setattr(jax.lax, "platform_dependent", branch)
+    assert_same_bits(jax.jit(lambda *a: run(*a))(*arrays), padded)
+
+
 def test_a_gpu_sends_only_the_rows_that_exist(monkeypatch):
     monkeypatch.setattr("jaxfp8._ffi.require_cuda_kernels", lambda operation: None)  # never run
     arrays = X, GATE, UP, DOWN, ROUTES["uneven"], DY

@@ -19,6 +19,7 @@ EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import _lm_parallel  # noqa: E402
+import scaling_model  # noqa: E402
 import train_lm  # noqa: E402
 
 from tests.programs import stated_dtypes, traffic  # noqa: E402
@@ -119,6 +120,15 @@ def test_a_mesh_computes_the_gradients_of_one_device_and_moves_only_what_it_must
             assert m.bytes <= 4 * (width // block) * (3 * width // block) * 8
         if (m.kind, m.dtype) == ("all-gather", "s32"):
             assert m.bytes <= 4 * 2 * 8
+
+    if flags == "--mesh data=2,model=2 --fsdp":  # a layer's, as docs/scaling.md counts them
+        model = SIZE.model
+        paper = scaling_model.Model("", 2, width, model.heads, model.heads, model.feed_forward)
+        layout, machine = scaling_model.Layout(4, tensor=2), scaling_model.Machine()
+        one = scaling_model.layer(paper, layout, machine, tokens=256)
+        gathered = sum(m.bytes for m in moved if m.kind == "all-gather") / 2  # half is one's own
+        scattered = sum(m.bytes for m in moved if m.kind == "reduce-scatter")  # of two halves one
+        assert (gathered, scattered) == (one.gather, one.scatter)
 
 
 @SLOW

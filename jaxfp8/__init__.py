@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from . import flax as flax
     from . import maxtext as maxtext
     from . import qwix as qwix
+    from . import testing as testing
     from . import tokamax as tokamax
+    from . import validate as validate
     from ._autocast import AutocastPolicy as AutocastPolicy
     from ._autocast import autocast as autocast
     from ._explain import Explanation as Explanation
@@ -78,6 +80,8 @@ _MODULES = {
     "quantize_weight": "kernels.quantize",
     "ragged_dot": "ops.ragged_dot",
     "tune": "_tune",
+    "testing": "testing",
+    "validate": "validate",
     "wgrad_gemm": "kernels.gemm",
 }
 

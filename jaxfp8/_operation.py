@@ -75,6 +75,11 @@ class Call(NamedTuple):
         return self._replace(ins=ins, outs=tuple(new + dims for dims in self.outs))
 
 
+# What validation computes in an operation's place: (operation, arrays, call) -> results, or None for the operation
+# itself. Part of JAX's cache key, so that functions are traced anew inside.
+stand_in = jax.make_user_context(default_value=None)
+
+
 class Operation:
     """`body(*arrays, call=...) -> list of arrays`, as one primitive.
 
@@ -100,6 +105,10 @@ class Operation:
             ad.primitive_jvps[self.primitive] = self._jvp
 
     def __call__(self, *arrays, call: Call):
+        if stand_in.value is not None:
+            instead = stand_in.value(self, arrays, call)
+            if instead is not None:
+                return instead
         # In shard_map a weight that does not vary becomes one that does; transposing that cast sums its gradient.
         alike = match_varying(arrays)
         jaxpr = self.body.trace(*alike, call=call).jaxpr  # kept by jit: equal calls share one

@@ -71,6 +71,7 @@ def test_a_layer_equals_the_explicit_operation():
     programs.assert_same_bits(y, jaxfp8.linear(x, layer.weight.T, layer.bias, recipe=POW2))
 
 
+@pytest.mark.slow
 def test_attention_inside_two_vmaps():
     attention = eqx.nn.MultiheadAttention(4, 128, dtype=jnp.bfloat16, key=KEY)
     fp8 = jaxfp8.equinox.convert(attention)

@@ -52,7 +52,7 @@ def test_every_way_to_give_dense_the_operation(field):
     "shape, fields",
     [
         ((2, 40, 4, 32), dict(features=144, axis=(-2, -1))),  # an attention's output projection
-        ((40, 128), dict(features=(4, 40))),
+        pytest.param((40, 128), dict(features=(4, 40)), marks=pytest.mark.slow),
         ((3, 40, 128), dict(features=(2, 72), axis=(2, 1))),
         ((3, 40, 128), dict(features=136, batch_dims=(0,))),
     ],
@@ -85,6 +85,7 @@ def test_the_projections_of_attention():
     assert_products(fp8.apply, (fp8.init(jax.random.key(0), x), x), ours=4, others=2)
 
 
+@pytest.mark.slow
 def test_attentions_own_products():
     cls = jaxfp8.flax.Einsum
     fp8 = attention(qk_attn_weights_einsum_cls=cls, attn_weights_value_einsum_cls=cls)

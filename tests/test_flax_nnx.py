@@ -220,6 +220,7 @@ def test_conversion_of_nothing_raises():
         jaxfp8.flax.convert({})
 
 
+@pytest.mark.slow
 def test_a_converted_model_trains():
     import optax
 

@@ -523,4 +523,6 @@ def dequantize(q: QuantizedArray, dtype: Any = jnp.float32) -> jax.Array:
     dtype = checks.output_dtype("dequantize", "dtype", dtype, checks.INPUT_DTYPES)
     shape = "(..., K)" if getattr(q, "block", None) == ROW else "(..., M, K)"
     q = checks.quantized("dequantize", "q", q, shape, (ROW, SQUARE))
+    if q.ndim == 1:
+        return dequantize_blocks(q.data[None], q.scale[None], q.block)[0].astype(dtype)
     return dequantize_blocks(q.data, q.scale, q.block).astype(dtype)

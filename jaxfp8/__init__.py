@@ -79,8 +79,8 @@ _MODULES = {
     "quantize_both": "kernels.quantize",
     "quantize_weight": "kernels.quantize",
     "ragged_dot": "ops.ragged_dot",
-    "tune": "_tune",
     "testing": "testing",
+    "tune": "_tune",
     "validate": "validate",
     "wgrad_gemm": "kernels.gemm",
 }

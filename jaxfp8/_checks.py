@@ -21,13 +21,18 @@ def names(dtypes) -> str:
     return ", ".join(np.dtype(d).name for d in dtypes)
 
 
+def _is_array(x: Any) -> bool:
+    # A class of scalars, np.float32 itself, has the attributes too.
+    return hasattr(x, "shape") and hasattr(x, "dtype") and not isinstance(x, type)
+
+
 def array(function: str, name: str, x: Any, shape: str, dtypes=INPUT_DTYPES) -> jax.Array:
     """`x` as a JAX array with the rank of `shape`, such as "(M, K)"; "(..., M, K)" is a least rank."""
     if isinstance(x, (QuantizedArray, QuantizedWeight)):
         raise TypeError(
             f"{function}: {name} is a {type(x).__name__}; allowed: an array of {names(dtypes)}"
         )
-    if not (hasattr(x, "shape") and hasattr(x, "dtype")):
+    if not _is_array(x):
         raise TypeError(
             f"{function}: {name} is a {type(x).__name__}; allowed: an array of {names(dtypes)}"
         )
@@ -43,7 +48,7 @@ def array(function: str, name: str, x: Any, shape: str, dtypes=INPUT_DTYPES) -> 
 
 def group_sizes(function: str, name: str, sizes: Any, groups: int | None = None) -> jax.Array:
     """int32 (G,)."""
-    if not (hasattr(sizes, "shape") and hasattr(sizes, "dtype")):
+    if not _is_array(sizes):
         raise TypeError(
             f"{function}: {name} is a {type(sizes).__name__}; allowed: an int32 array (G,)"
         )
@@ -70,7 +75,7 @@ def group_sizes(function: str, name: str, sizes: Any, groups: int | None = None)
 def output_dtype(function: str, name: str, dtype: Any, allowed=OUTPUT_DTYPES) -> np.dtype:
     try:
         dtype = np.dtype(dtype)
-    except TypeError:
+    except (TypeError, ValueError):
         raise TypeError(f"{function}: {name} is {dtype!r}; allowed: {names(allowed)}") from None
     if dtype not in allowed:
         raise TypeError(f"{function}: {name} is {dtype.name}; allowed: {names(allowed)}")

@@ -64,7 +64,6 @@ class QuantizedArray:
                 return repr(x)
             return f"{jnp.dtype(x.dtype).name}[{','.join(map(str, x.shape))}]"
 
-        rows, columns = self.block
-        return (
-            f"QuantizedArray({text(self.data)}, scale={text(self.scale)}, block={rows}x{columns})"
-        )
+        # Also of what a check is about to refuse: its message shows it.
+        block = "x".join(map(str, self.block)) if isinstance(self.block, tuple) else self.block
+        return f"QuantizedArray({text(self.data)}, scale={text(self.scale)}, block={block})"

@@ -19,16 +19,16 @@ SCALE_FORMATS = ("float32", "pow2")
 def fp8_dtype(argument: str, dtype: Any) -> np.dtype:
     """`dtype` as one of the two FP8 types, or TypeError."""
     try:
-        dtype = jnp.dtype(dtype)
-    except TypeError:
-        pass
-    if dtype not in FP8_DTYPES:
+        found = jnp.dtype(dtype)
+    except (TypeError, ValueError):
+        found = None
+    if found not in FP8_DTYPES:
         raise TypeError(f"{argument} is {dtype!r}; allowed: float8_e4m3fn, float8_e5m2")
-    return dtype
+    return found
 
 
 def scale_format_name(argument: str, scale_format: Any) -> ScaleFormat:
-    if scale_format not in SCALE_FORMATS:
+    if not isinstance(scale_format, str) or scale_format not in SCALE_FORMATS:
         raise ValueError(f"{argument} is {scale_format!r}; allowed: 'float32', 'pow2'")
     return scale_format
 

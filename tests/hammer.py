@@ -47,6 +47,7 @@ def first_use(driver: RecordingDriver, made, threads: int = 16):
         AssertionError: a call failed, or code was loaded twice.
     """
     driver.reset()
+    driver.jitter(200)  # else one thread may be through before the next starts
     driver.install()
     failed, message = driver.hammer(made, threads=threads, rounds=1)
     assert not failed, message
@@ -63,8 +64,8 @@ def main(argv=None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     counts = {"first_uses": 0, "calls": 0, "failed_calls": 0, "installs": 0}
-    start = time.monotonic()
     with RecordingDriver(num_devices=DEVICES) as driver:
+        start = time.monotonic()
         while time.monotonic() - start < args.seconds:
             seed = args.seed + counts["first_uses"]
             made = calls(driver, seed)

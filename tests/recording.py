@@ -155,6 +155,10 @@ class RecordingDriver:
         if self._library.recording_fail(entry_point.encode(), code, skip):
             raise ValueError(f"there is no entry point {entry_point}")
 
+    def jitter(self, microseconds: int):
+        """A quarter of the driver's calls sleep up to this long, until the next `reset`."""
+        self._library.recording_jitter(microseconds)
+
     def calls(self, entry_point: str) -> int:
         return self._library.recording_calls(entry_point.encode())
 

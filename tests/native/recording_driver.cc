@@ -5,6 +5,7 @@
 // Stream s is context s of device s - 1. No locks: they would order the threads whose races
 // ThreadSanitizer looks for.
 #include <atomic>
+#include <chrono>
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
@@ -39,6 +40,7 @@ std::atomic<int> num_devices{1}, capability_major{9}, capability_minor{0}, num_s
 std::atomic<int> driver_version{13000};
 std::atomic<int64_t> calls[kNumEntries], failure[kNumEntries], skips[kNumEntries];
 std::atomic<int64_t> complaints{0};
+std::atomic<int> jitter_us{0};
 
 thread_local std::vector<uintptr_t> contexts;
 thread_local int capture_mode = 0;
@@ -70,6 +72,11 @@ int refuse(int code, const char* format, ...) {
 // Counts a call; the code with which it shall fail, or 0.
 int enter(Entry entry) {
   calls[entry].fetch_add(1, std::memory_order_relaxed);
+  if (int most = jitter_us.load(std::memory_order_relaxed)) {
+    thread_local uint32_t state = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(&state) >> 8);
+    state = state * 1664525 + 1013904223;
+    if (state >> 30 == 0) std::this_thread::sleep_for(std::chrono::microseconds(state % most));
+  }
   int64_t code = failure[entry].load(std::memory_order_relaxed);
   if (code == 0) return 0;
   if (skips[entry].fetch_sub(1, std::memory_order_relaxed) > 0) return 0;
@@ -79,9 +86,7 @@ int enter(Entry entry) {
 #define ENTER(name) \
   if (int code = enter(k##name)) return code
 
-int current_device() {
-  return contexts.empty() ? 0 : static_cast<int>(contexts.back()) - 1;
-}
+int current_device() { return contexts.empty() ? 0 : static_cast<int>(contexts.back()) - 1; }
 
 }  // namespace
 
@@ -104,11 +109,16 @@ int cuGetErrorName(int error, const char** name) {
     int code;
     const char* name;
   } static const kNames[] = {
-      {1, "CUDA_ERROR_INVALID_VALUE"},       {2, "CUDA_ERROR_OUT_OF_MEMORY"},
-      {3, "CUDA_ERROR_NOT_INITIALIZED"},     {100, "CUDA_ERROR_NO_DEVICE"},
-      {200, "CUDA_ERROR_INVALID_IMAGE"},     {201, "CUDA_ERROR_INVALID_CONTEXT"},
-      {209, "CUDA_ERROR_NO_BINARY_FOR_GPU"}, {500, "CUDA_ERROR_NOT_FOUND"},
-      {700, "CUDA_ERROR_ILLEGAL_ADDRESS"},   {719, "CUDA_ERROR_LAUNCH_FAILED"},
+      {1, "CUDA_ERROR_INVALID_VALUE"},
+      {2, "CUDA_ERROR_OUT_OF_MEMORY"},
+      {3, "CUDA_ERROR_NOT_INITIALIZED"},
+      {100, "CUDA_ERROR_NO_DEVICE"},
+      {200, "CUDA_ERROR_INVALID_IMAGE"},
+      {201, "CUDA_ERROR_INVALID_CONTEXT"},
+      {209, "CUDA_ERROR_NO_BINARY_FOR_GPU"},
+      {500, "CUDA_ERROR_NOT_FOUND"},
+      {700, "CUDA_ERROR_ILLEGAL_ADDRESS"},
+      {719, "CUDA_ERROR_LAUNCH_FAILED"},
       {803, "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH"},
   };
   *name = nullptr;
@@ -188,7 +198,11 @@ int cuLibraryLoadData(void** library, const void* image, int*, void**, unsigned,
   if (capture_mode != cuda::kCaptureModeRelaxed) {
     return refuse(kInvalidValue, "a load in capture mode %d", capture_mode);
   }
-  if (std::memcmp(image, "\x7f" "ELF", 4) != 0) return kInvalidImage;
+  if (std::memcmp(image,
+                  "\x7f"
+                  "ELF",
+                  4) != 0)
+    return kInvalidImage;
   static char any;
   *library = &any;
   return 0;
@@ -303,7 +317,8 @@ int cuLaunchKernelEx(const cuda::LaunchConfig* config, void* function, void**, v
   return 0;
 }
 
-// --- for tests ------------------------------------------------------------------------------------
+// --- for tests
+// ------------------------------------------------------------------------------------
 
 // Everything as at the start; what is loaded stays.
 void recording_reset() {
@@ -312,6 +327,7 @@ void recording_reset() {
   complaints = 0;
   for (int i = 0; i < kNumEntries; ++i) calls[i] = failure[i] = skips[i] = 0;
   complaint[0] = 0;
+  jitter_us = 0;
   contexts.clear();
   capture_mode = 0;
   last_launch = {};
@@ -321,6 +337,10 @@ void recording_set_devices(int count, int major, int minor, int sms, int version
   num_devices = count, capability_major = major, capability_minor = minor, num_sms = sms;
   driver_version = version;
 }
+
+// A quarter of the calls sleep up to `most` microseconds, so that threads meet inside of calls also
+// where there are few processors.
+void recording_jitter(int most) { jitter_us = most; }
 
 // Calls of an entry point fail with `code` after `skip` more; 0: no longer.
 int recording_fail(const char* entry, int code, int skip) {
@@ -349,7 +369,8 @@ const Launch* recording_last_launch() { return &last_launch; }
 int recording_depth() { return static_cast<int>(contexts.size()); }
 int recording_capture_mode() { return capture_mode; }
 
-// --- XLA's side -----------------------------------------------------------------------------------
+// --- XLA's side
+// -----------------------------------------------------------------------------------
 
 namespace {
 

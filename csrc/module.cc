@@ -95,10 +95,11 @@ using ArrayType = std::pair<std::string, std::vector<int64_t>>;
 
 NamedPlan plan(const std::string& target_name, const std::vector<ArrayType>& operands,
                const std::vector<ArrayType>& results, bool pow2, int config, int num_sms,
-               int device_sms, const std::map<std::string, uintptr_t>& offsets) {
+               int device_sms, const std::map<std::string, uintptr_t>& offsets, int activation) {
   Call call;
   call.target = &find_target(target_name);
   call.pow2 = pow2;
+  call.activation = activation;
   call.config = config;
   call.num_sms = num_sms;
   NamedPlan named;
@@ -185,7 +186,8 @@ NB_MODULE(_C, m) {
       .def("__str__", &NamedPlan::text);
   m.def("plan", &plan, nb::arg("target"), nb::arg("operands"), nb::arg("results"), nb::kw_only(),
         nb::arg("pow2") = false, nb::arg("config") = -1, nb::arg("num_sms") = 0,
-        nb::arg("device_sms") = 132, nb::arg("offsets") = std::map<std::string, uintptr_t>());
+        nb::arg("device_sms") = 132, nb::arg("offsets") = std::map<std::string, uintptr_t>(),
+        nb::arg("activation") = 0);
   m.def("configs", &configs, nb::arg("target"));
 
   m.def("_install_driver", &install_driver, nb::arg("entry_points"), nb::arg("hook") = 0,

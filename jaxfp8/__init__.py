@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from .ops.expert_parallel import combine as combine
     from .ops.expert_parallel import dispatch as dispatch
     from .ops.linear import linear as linear
+    from .ops.mlp import mlp as mlp
+    from .ops.mlp import ragged_mlp as ragged_mlp
     from .ops.prequantize import all_gather_weight as all_gather_weight
     from .ops.prequantize import prequantize as prequantize
     from .ops.ragged_dot import ragged_dot as ragged_dot
@@ -73,6 +75,7 @@ _MODULES = {
     "linear": "ops.linear",
     "load_tuned": "_tune",
     "masked_grouped_gemm": "kernels.grouped_gemm",
+    "mlp": "ops.mlp",
     "prequantize": "ops.prequantize",
     "products_of": "_tune",
     "quantize": "kernels.quantize",
@@ -80,6 +83,7 @@ _MODULES = {
     "quantize_weight": "kernels.quantize",
     "ragged_dot": "ops.ragged_dot",
     "testing": "testing",
+    "ragged_mlp": "ops.mlp",
     "tune": "_tune",
     "validate": "validate",
     "wgrad_gemm": "kernels.gemm",

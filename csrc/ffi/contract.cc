@@ -12,14 +12,16 @@ constexpr int64_t kContractionStep = 16;  // bytes: strides of a tensor map
 // Kernels and the tensor copy engine count along an axis in 32 bits.
 constexpr int64_t kMaxSize = std::numeric_limits<int32_t>::max() - kBlock;
 
-constexpr size_t kNumBoundDims = 6;  // the symbols that a call binds come first in Dim
+constexpr size_t kNumBoundDims = 8;  // the symbols that a call binds come first in Dim
 
 constexpr Dim G = Dim::kG, M = Dim::kM, N = Dim::kN, K = Dim::kK, T = Dim::kT,
-              OneOrG = Dim::kOneOrG, MB = Dim::kMBlocks, NB = Dim::kNBlocks, KB = Dim::kKBlocks,
-              TB = Dim::kTBlocks, PaddedM = Dim::kPaddedM;
+              OneOrG = Dim::kOneOrG, F = Dim::kF, A = Dim::kA, MB = Dim::kMBlocks,
+              NB = Dim::kNBlocks, KB = Dim::kKBlocks, FB = Dim::kFBlocks, TB = Dim::kTBlocks,
+              PaddedM = Dim::kPaddedM;
 
 std::vector<Target> make_targets() {
   using Quantize = QuantizeProblem::Kind;
+  using Activation = ActivationProblem::Kind;
   using Gemm = GemmProblem::Kind;
   constexpr Types fp8 = Types::kFp8, x = Types::kFloat, f32 = Types::kFloat32, s32 = Types::kInt32,
                   out = Types::kOutput;
@@ -32,6 +34,17 @@ std::vector<Target> make_targets() {
                    {},
                    std::move(operands),
                    std::move(results)});
+  };
+  const auto activation = [&](const char* name, Activation kind, std::vector<ArraySpec> operands,
+                              std::vector<ArraySpec> results) {
+    Target target{std::string("jaxfp8_activation_") + name + "_v1",
+                  Family::kActivation,
+                  {},
+                  {},
+                  std::move(operands),
+                  std::move(results)};
+    target.activation = kind;
+    all.push_back(std::move(target));
   };
   const auto gemm = [&](const char* name, Gemm kind, const std::vector<ArraySpec>& operands,
                         const ArraySpec& result) {
@@ -63,6 +76,31 @@ std::vector<Target> make_targets() {
             {"row_scale", f32, {M, KB}},
             {"column_data", fp8, {K, PaddedM}},
             {"column_scale", f32, {K, TB}}});
+
+  activation("rows", Activation::kRows, {{"x", x, {M, A, F}}},
+             {{"data", fp8, {M, F}}, {"scale", f32, {M, FB}}});
+  activation("both", Activation::kBoth, {{"x", x, {G, M, A, F}}},
+             {{"row_data", fp8, {G, M, F}},
+              {"row_scale", f32, {G, M, FB}},
+              {"column_data", fp8, {G, F, M}},
+              {"column_scale", f32, {G, F, MB}}});
+  activation("grad_both", Activation::kGradBoth, {{"x", x, {G, M, A, F}}, {"dy", x, {G, M, F}}},
+             {{"row_data", fp8, {G, M, A, F}},
+              {"row_scale", f32, {G, M, A, FB}},
+              {"column_data", fp8, {G, A, F, M}},
+              {"column_scale", f32, {G, A, F, MB}}});
+  activation("ragged_both", Activation::kRaggedBoth,
+             {{"x", x, {M, A, F}}, {"group_sizes", s32, {G}}},
+             {{"row_data", fp8, {M, F}},
+              {"row_scale", f32, {M, FB}},
+              {"column_data", fp8, {F, PaddedM}},
+              {"column_scale", f32, {F, TB}}});
+  activation("ragged_grad_both", Activation::kRaggedGradBoth,
+             {{"x", x, {M, A, F}}, {"dy", x, {M, F}}, {"group_sizes", s32, {G}}},
+             {{"row_data", fp8, {M, A, F}},
+              {"row_scale", f32, {M, A, FB}},
+              {"column_data", fp8, {A, F, PaddedM}},
+              {"column_scale", f32, {A, F, TB}}});
 
   gemm("gemm_1d2d", Gemm::k1d2d,
        {{"lhs", fp8, {OneOrG, M, K}},
@@ -145,6 +183,8 @@ class Sizes {
         return ceil_div((*this)[N], kBlock);
       case Dim::kKBlocks:
         return ceil_div((*this)[K], kBlock);
+      case Dim::kFBlocks:
+        return ceil_div((*this)[F], kBlock);
       case Dim::kTBlocks:
         return ((*this)[T] != 0 ? (*this)[T] : (*this)[PaddedM]) / kBlock;
       case Dim::kPaddedM:
@@ -163,8 +203,8 @@ class Sizes {
 
   std::string describe(Dim dim) const {
     static constexpr const char* kNames[] = {
-        "G",           "M",           "N",           "K",     "T", "1 or G",
-        "ceil(M/128)", "ceil(N/128)", "ceil(K/128)", "T/128", "T"};
+        "G", "M",           "N",           "K",           "T",           "1 or G", "F",
+        "A", "ceil(M/128)", "ceil(N/128)", "ceil(K/128)", "ceil(F/128)", "T/128",  "T"};
     std::string text = kNames[static_cast<size_t>(dim)];
     int64_t size = (*this)[dim];
     return size == 0 ? text : text + "=" + std::to_string(size);
@@ -233,7 +273,22 @@ Sizes check(const Call& call, int device_sms) {
     check_array(target, target.results[i], call.results[i], sizes);
   }
 
-  if (target.family == Family::kQuantize) {
+  if (target.family == Family::kActivation) {
+    if (sizes[A] > 2) {
+      fail(target,
+           "x is " + describe(call.operands[0]) + "; its axis A must be 1, or 2 (gate, up)");
+    }
+    if (call.activation < 0 || call.activation >= kNumActivations) {
+      fail(target, "activation is " + std::to_string(call.activation) +
+                       "; allowed is 0 (silu) or 1 (gelu)");
+    }
+    if (target.operands.size() > 1 && target.operands[1].types == Types::kFloat &&
+        call.operands[1].dtype != call.operands[0].dtype) {
+      fail(target, "dy is " + describe(call.operands[1]) + "; allowed is the element type of x, " +
+                       call.operands[0].dtype_name);
+    }
+  }
+  if (target.family != Family::kGemm) {
     // The two FP8 results of one call share their element type.
     const Array* first = nullptr;
     for (size_t i = 0; i < call.results.size(); ++i) {
@@ -299,6 +354,33 @@ QuantizeProblem quantize_problem(const Call& call, const Sizes& sizes) {
   return problem;
 }
 
+ActivationProblem activation_problem(const Call& call, const Sizes& sizes) {
+  using Kind = ActivationProblem::Kind;
+  Kind kind = call.target->activation;
+  bool ragged = kind == Kind::kRaggedBoth || kind == Kind::kRaggedGradBoth;
+  bool gradient = kind == Kind::kGradBoth || kind == Kind::kRaggedGradBoth;
+  ActivationProblem problem;
+  problem.kind = kind;
+  problem.groups = kind == Kind::kRows ? 1 : sizes[G];
+  problem.rows = sizes[M];
+  problem.cols = sizes[F];
+  problem.gated = sizes[A] == 2;
+  problem.activation = call.activation;
+  problem.in = *call.operands[0].dtype;
+  problem.out = *call.results[0].dtype;
+  problem.pow2 = call.pow2;
+  problem.x = call.operands[0].data;
+  if (gradient) problem.dy = call.operands[1].data;
+  if (ragged) problem.group_sizes = call.operands.back().data;
+  problem.row_data = call.results[0].data;
+  problem.row_scale = call.results[1].data;
+  if (kind != Kind::kRows) {
+    problem.column_data = call.results[2].data;
+    problem.column_scale = call.results[3].data;
+  }
+  return problem;
+}
+
 GemmProblem gemm_problem(const Call& call, const Sizes& sizes) {
   const Target& target = *call.target;
   bool wgrad = target.gemm == GemmProblem::Kind::kGroupedWgrad;
@@ -342,10 +424,15 @@ const Target& find_target(const std::string& name) {
 LaunchPlan plan_call(const Call& call, int device_sms) {
   Sizes sizes = check(call, device_sms);
   try {
-    if (call.target->family == Family::kGemm) {
-      return plan_gemm(gemm_problem(call, sizes), call.config, call.num_sms, device_sms);
+    switch (call.target->family) {
+      case Family::kGemm:
+        return plan_gemm(gemm_problem(call, sizes), call.config, call.num_sms, device_sms);
+      case Family::kActivation:
+        return plan_activation(activation_problem(call, sizes), device_sms);
+      case Family::kQuantize:
+        return plan_quantize(quantize_problem(call, sizes), device_sms);
     }
-    return plan_quantize(quantize_problem(call, sizes), device_sms);
+    fail(*call.target, "unknown family");
   } catch (const std::invalid_argument& error) {
     // A planner names its family; a caller knows the target.
     std::string message = error.what();

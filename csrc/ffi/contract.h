@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "host/activation.h"
 #include "host/dtype.h"
 #include "host/gemm.h"
 #include "host/plan.h"
@@ -36,9 +37,12 @@ enum class Dim : uint8_t {
   kK,
   kT,       // a group-padded token axis: whole blocks of 128
   kOneOrG,  // 1: shared by all groups
+  kF,
+  kA,  // 2: gate and up side by side, or 1
   kMBlocks,
   kNBlocks,
   kKBlocks,
+  kFBlocks,
   kTBlocks,
   kPaddedM,  // T of a ragged quantization: ceil(M/128)*128 + 128*G
 };
@@ -51,7 +55,7 @@ struct ArraySpec {
   std::vector<Dim> dims;
 };
 
-enum class Family : uint8_t { kQuantize, kGemm };
+enum class Family : uint8_t { kQuantize, kActivation, kGemm };
 
 struct Target {
   std::string name;
@@ -60,10 +64,11 @@ struct Target {
   GemmProblem::Kind gemm{};
   std::vector<ArraySpec> operands, results;
   bool accum = false;  // the last operand is aliased to the result
+  ActivationProblem::Kind activation{};
 };
 
 // In the order of docs/architecture.md, each product followed by its accumulating twin.
-constexpr size_t kNumTargets = 17;
+constexpr size_t kNumTargets = 22;
 const std::vector<Target>& targets();
 const Target& find_target(const std::string& name);  // throws CallError
 
@@ -73,6 +78,7 @@ struct Call {
   const Target* target = nullptr;
   std::vector<Array> operands, results;
   bool pow2 = false;
+  int32_t activation = 0;
   int32_t config = -1;
   int32_t num_sms = 0;
 };

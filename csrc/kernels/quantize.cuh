@@ -2,8 +2,8 @@
 // and stores of any alignment, and the transposition of a 128x128 tile through shared memory. The
 // arithmetic is that of docs/architecture.md ("Quantization, exactly").
 //
-// Everywhere, a thread holds vectors of 16 bytes: `Vector<In>::kSize` neighbouring elements of one
-// row, so that `Vector<In>::kLanes` lanes cover the 128 elements of a block.
+// Everywhere, a thread holds vectors: `Vector<In>::kSize` neighbouring elements of one row, so that
+// `Vector<In>::kLanes` lanes cover the 128 elements of a block.
 #pragma once
 #include <cstdint>
 
@@ -17,8 +17,11 @@ constexpr uint32_t kFullWarp = 0xffffffffu;
 // Input formats. A magnitude is an element's bits without the sign: as integers, magnitudes order
 // like absolute values, with NaN above infinity above every number, so no maximum drops a NaN.
 
+// `kVectorSize`: elements that a thread holds of one row; 16 bytes of an input format.
+
 struct Pair16 {  // two elements a word
   using Bits = uint16_t;
+  static constexpr int kVectorSize = 8;
   static __device__ uint32_t max_magnitude(uint32_t magnitudes, uint32_t word) {
     return ptx::max_u16x2(magnitudes, word & 0x7fff7fffu);
   }
@@ -45,6 +48,7 @@ struct F16 : Pair16 {
 
 struct F32 {
   using Bits = uint32_t;
+  static constexpr int kVectorSize = 4;
   static __device__ uint32_t max_magnitude(uint32_t magnitude, uint32_t word) {
     return max(magnitude, word & 0x7fffffffu);
   }
@@ -53,6 +57,11 @@ struct F32 {
     return __uint_as_float(words[i]);
   }
   static __device__ uint32_t f32_bits(uint32_t magnitude) { return magnitude; }
+};
+
+// Computed float32 values that lie over the threads like two-byte inputs. Never loaded.
+struct F32x8 : F32 {
+  static constexpr int kVectorSize = 8;
 };
 
 // Output formats.
@@ -99,15 +108,16 @@ __device__ uint32_t convert4(float x0, float x1, float x2, float x3) {
 
 template <class In>
 struct alignas(16) Vector {
-  static constexpr int kSize = 16 / sizeof(typename In::Bits);
+  static constexpr int kSize = In::kVectorSize;
   static constexpr int kLanes = kBlock / kSize;
-  uint32_t words[4];
+  static constexpr int kWords = kSize * sizeof(typename In::Bits) / 4;
+  uint32_t words[kWords];
 
   __device__ float element(int i) const { return In::element(words, i); }
   __device__ uint32_t amax() const {
     uint32_t m = 0;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) m = In::max_magnitude(m, words[i]);
+    for (int i = 0; i < kWords; ++i) m = In::max_magnitude(m, words[i]);
     return In::within_word(m);
   }
 };
@@ -189,9 +199,12 @@ __device__ void store_row(uint8_t* target, const Vector<In>& v, float inverse, i
       *reinterpret_cast<uint32_t*>(target) = bytes[0];
     }
   } else {
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      if (i < valid) target[i] = static_cast<uint8_t>(bytes[i / 4] >> (i % 4 * 8));
+    // Not unrolled: the addresses of all bytes at once would not fit into the registers.
+    uint64_t rest = bytes[0];
+    if constexpr (kSize == 8) rest |= static_cast<uint64_t>(bytes[1]) << 32;
+#pragma unroll 1
+    for (int i = 0; i < min(valid, kSize); ++i, rest >>= 8) {
+      target[i] = static_cast<uint8_t>(rest);
     }
   }
 }
@@ -200,25 +213,22 @@ __device__ void store_row(uint8_t* target, const Vector<In>& v, float inverse, i
 // exchange halves the values that a lane still carries. Lane l returns the maximum of value
 // l % L / (L / R).
 template <int R, int L>
-__device__ uint32_t reduce_lanes(uint32_t (&value)[R]) {
+__device__ uint32_t reduce_lanes(const uint32_t (&value)[R]) {
   static_assert(R <= L && L <= 32);
-  int lane = threadIdx.x % 32;
+  if constexpr (L == 1) {
+    return value[0];
+  } else {
+    constexpr int kKept = R > 1 ? R / 2 : 1;
+    bool upper = threadIdx.x & (L / 2);
+    uint32_t largest[kKept];
 #pragma unroll
-  for (int count = R, distance = L / 2; distance > 0; distance /= 2) {
-    if (count > 1) {
-      count /= 2;
-      bool upper = lane & distance;
-#pragma unroll
-      for (int i = 0; i < count; ++i) {
-        uint32_t kept = upper ? value[i + count] : value[i];
-        uint32_t sent = upper ? value[i] : value[i + count];
-        value[i] = max(kept, __shfl_xor_sync(kFullWarp, sent, distance));
-      }
-    } else {
-      value[0] = max(value[0], __shfl_xor_sync(kFullWarp, value[0], distance));
+    for (int i = 0; i < kKept; ++i) {
+      uint32_t low = value[i], high = value[R - kKept + i];
+      uint32_t kept = upper ? high : low, sent = upper ? low : high;
+      largest[i] = max(kept, __shfl_xor_sync(kFullWarp, sent, L / 2));
     }
+    return reduce_lanes<kKept, L / 2>(largest);
   }
-  return value[0];
 }
 
 // Row blocks of a warp's vectors: v[i] belongs to row i of the lane's group of kLanes lanes.
@@ -228,10 +238,8 @@ struct RowBlocks {
   static constexpr int kLanesPerRow = kLanes / R;  // after the reduction
   float scale, inverse;                            // of row `row()`
 
-  __device__ RowBlocks(const Vector<In> (&v)[R], bool pow2) {
-    uint32_t amax[R];
-#pragma unroll
-    for (int i = 0; i < R; ++i) amax[i] = v[i].amax();
+  // amax[i]: largest magnitude of the lane's vector of row i.
+  __device__ RowBlocks(const uint32_t (&amax)[R], bool pow2) {
     scale = scale_of<Out>(In::f32_bits(reduce_lanes<R, kLanes>(amax)), pow2);
     inverse = ptx::rcp_rn_f32(scale);
   }
@@ -241,6 +249,31 @@ struct RowBlocks {
     return __shfl_sync(kFullWarp, inverse, i * kLanesPerRow, kLanes);
   }
 };
+
+// Quantizes one vector a lane of each of R rows from `row` on, in 1x128 blocks of an array (M, K).
+template <class In, class Out, int R>
+__device__ void store_row_blocks(const Vector<In> (&v)[R], uint8_t* data, float* scale, int64_t row,
+                                 int64_t column, int64_t m, int64_t k, bool pow2) {
+  int rows = static_cast<int>(min(static_cast<int64_t>(R), m - row));
+  int columns = static_cast<int>(min(static_cast<int64_t>(Vector<In>::kSize), k - column));
+  uint32_t amax[R];
+#pragma unroll
+  for (int i = 0; i < R; ++i) amax[i] = v[i].amax();
+  RowBlocks<In, Out, R> blocks(amax, pow2);
+  int alignment = row_alignment(data, k);
+#pragma unroll
+  for (int i = 0; i < R; ++i) {
+    float inverse = blocks.inverse_of(i);
+    if (i < rows) {
+      store_row<Out>(data + (row + i) * k + column, v[i], inverse, columns, alignment);
+    }
+  }
+  // A block exists if its first column does.
+  int64_t block = column / kBlock;
+  if (blocks.stores_scale() && blocks.row() < rows && block * kBlock < k) {
+    scale[block * m + row + blocks.row()] = blocks.scale;
+  }
+}
 
 // A 128x128 tile of elements in the registers of 256 threads: a thread holds a vector from each of
 // kRows neighbouring rows, a warp 16 whole rows.

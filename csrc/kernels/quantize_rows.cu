@@ -30,20 +30,7 @@ __device__ void quantize_rows(const uint8_t* x, uint8_t* data, float* scale, int
   load_rows(v, x + (row * k + column) * kElementBytes, k * kElementBytes, rows, columns,
             row_alignment(x, k * kElementBytes));
 
-  RowBlocks<In, Out, kRows> blocks(v, pow2);
-  int data_alignment = row_alignment(data, k);
-#pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    float inverse = blocks.inverse_of(i);
-    if (i < rows) {
-      store_row<Out>(data + (row + i) * k + column, v[i], inverse, columns, data_alignment);
-    }
-  }
-  // A block exists if its first column does.
-  int64_t block = column / kBlock;
-  if (blocks.stores_scale() && blocks.row() < rows && block * kBlock < k) {
-    scale[block * m + row + blocks.row()] = blocks.scale;
-  }
+  store_row_blocks<In, Out>(v, data, scale, row, column, m, k, pow2);
 }
 
 }  // namespace jaxfp8::quantize

@@ -29,7 +29,7 @@ __device__ void quantize_weight(const uint8_t* w, uint8_t* data, float* scale, u
   uint32_t amax[1] = {0};
 #pragma unroll
   for (int i = 0; i < kRows; ++i) amax[0] = max(amax[0], v[i].amax());
-  reduce_lanes<1, 32>(amax);
+  amax[0] = reduce_lanes<1, 32>(amax);
   if (threadIdx.x % 32 == 0) warp_amax[threadIdx.x / 32] = amax[0];
   __syncthreads();  // 1
 

@@ -55,11 +55,54 @@ __device__ __forceinline__ float rcp_rn_f32(float a) {
   return d;
 }
 
+// Floating Point Instructions, add.
+__device__ __forceinline__ float add_rn_f32(float a, float b) {
+  float d;
+  asm("add.rn.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+  return d;
+}
+
+// Floating Point Instructions, fma: subnormals kept.
+__device__ __forceinline__ float fma_rn_f32(float a, float b, float c) {
+  float d;
+  asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(d) : "f"(a), "f"(b), "f"(c));
+  return d;
+}
+
+// Floating Point Instructions, min: of a number and NaN, the number.
+__device__ __forceinline__ float min_f32(float a, float b) {
+  float d;
+  asm("min.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+  return d;
+}
+
+// Floating Point Instructions, ex2: 2^a with a relative error of at most 2^-22; subnormal operands
+// and results are zeros.
+__device__ __forceinline__ float ex2_approx_ftz_f32(float a) {
+  float d;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(a));
+  return d;
+}
+
+// Floating Point Instructions, rcp: 1 / a with an error of at most 1 ulp; subnormal operands and
+// results are zeros.
+__device__ __forceinline__ float rcp_approx_ftz_f32(float a) {
+  float d;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(a));
+  return d;
+}
+
 // Integer Arithmetic Instructions, max: of the unsigned 16-bit halves.
 __device__ __forceinline__ uint32_t max_u16x2(uint32_t a, uint32_t b) {
   uint32_t d;
   asm("max.u16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
   return d;
+}
+
+// No instruction: `a`, as a value that the compiler knows nothing about.
+__device__ __forceinline__ int64_t opaque(int64_t a) {
+  asm volatile("" : "+l"(a));
+  return a;
 }
 
 }  // namespace jaxfp8::ptx

@@ -149,7 +149,16 @@ def product_attributes(out_dtype, num_sms, config) -> tuple:
 
 
 def product(
-    lhs: Named, rhs: Named, out, out_dtype, *, num_sms=None, config=None, accum=None, wanted=()
+    lhs: Named,
+    rhs: Named,
+    out,
+    out_dtype,
+    *,
+    num_sms=None,
+    config=None,
+    accum=None,
+    wanted=(),
+    kernel=gemm_kernel,
 ):
     """The product of two named quantized arrays, summed over the names that `out` lacks."""
     ins: tuple[tuple[str, ...], ...] = (lhs.dims, lhs.scale_dims, rhs.dims, rhs.scale_dims)
@@ -158,7 +167,7 @@ def product(
         ins, operands = (*ins, out), [*operands, accum]
     kernel_dtype = out_dtype if np.dtype(out_dtype) in checks.OUTPUT_DTYPES else np.float32
     call = Call(ins, (out,), product_attributes(kernel_dtype, num_sms, config), wanted)
-    return gemm_kernel(*operands, call=call)[0].astype(out_dtype)
+    return kernel(*operands, call=call)[0].astype(out_dtype)
 
 
 # --------------------------------------------------------------------------------------------------

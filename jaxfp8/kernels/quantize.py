@@ -335,29 +335,30 @@ def rows_and_columns(x, dims, tokens, fmt: Format) -> tuple[Named, Named]:
     return named(row, row_scale, dims), named(column, column_scale, out)
 
 
-def _cuts_blocks(x) -> bool:
-    """Whether the type of (..., tokens, k) has shards of tokens that are not whole blocks: columns gather them."""
+def _cuts_blocks(x, tail=1) -> bool:
+    """Whether the type of (..., tokens, *tail) has shards of tokens that are not whole blocks: columns gather them."""
     type_ = jax.typeof(x)
-    axes = full_spec(type_.sharding.spec, x.ndim)[-2]
+    axes = full_spec(type_.sharding.spec, x.ndim)[-1 - tail]
     shards = math.prod(type_.sharding.mesh.shape[a] for a in axes)
-    return shards > 1 and x.shape[-2] % (shards * BLOCK) != 0
+    return shards > 1 and x.shape[-1 - tail] % (shards * BLOCK) != 0
 
 
-def _order_tokens(x, dims, tokens, merge):
-    """x as (batch, tokens, k), with token dimensions merged from the last on while blocks straddle them."""
-    batch, k = tuple(d for d in dims[:-1] if d not in tokens), dims[-1]
-    x, dims = arrange(x, dims, [(d,) for d in batch + tokens + (k,)]), batch + tokens + (k,)
-    while merge and len(tokens) > 1 and x.shape[-2] % BLOCK:
+def _order_tokens(x, dims, tokens, merge, tail=1):
+    """x as (batch, tokens, *tail), with token dimensions merged from the last on while blocks straddle them."""
+    batch, last = tuple(d for d in dims[:-tail] if d not in tokens), dims[-tail:]
+    x, dims = arrange(x, dims, [(d,) for d in batch + tokens + last]), batch + tokens + last
+    while merge and len(tokens) > 1 and x.shape[-1 - tail] % BLOCK:
         type_ = jax.typeof(x)
         spec = full_spec(type_.sharding.spec, x.ndim)
-        if spec[-2]:  # a merged axis can only be sharded as its major part is
+        if spec[-1 - tail]:  # a merged axis can only be sharded as its major part is
             whole = jax.sharding.NamedSharding(
-                type_.sharding.mesh, to_spec(spec[:-2] + ((),) + spec[-1:])
+                type_.sharding.mesh, to_spec(spec[: -1 - tail] + ((),) + spec[-tail:])
             )
             x = jax.sharding.reshard(x, whole)
-        x = x.reshape(*x.shape[:-3], x.shape[-3] * x.shape[-2], x.shape[-1])
+        *lead, major, minor = x.shape[:-tail]
+        x = x.reshape(*lead, major * minor, *x.shape[-tail:])
         tokens = tokens[:-2] + (tokens[-2] + tokens[-1],)
-        dims = batch + tokens + (k,)
+        dims = batch + tokens + last
     return x, dims, tokens
 
 

@@ -11,6 +11,8 @@ from .._quantized_array import QuantizedArray
 from ..kernels.quantize import Named
 
 RESIDUAL_NAME = "jaxfp8_residual"
+PRE_ACTIVATION_NAME = "jaxfp8_pre_activation"
+"""The hidden layer of an MLP before its activation, in bfloat16 or float32: a product, which FP8 policies recompute."""
 
 
 def save(q: Named, named: bool = True):

@@ -1,0 +1,46 @@
+// Planning of the activations fused with quantization: sizes and addresses in, a launch out.
+// Layouts and arithmetic are those of docs/architecture.md.
+#pragma once
+#include <cstdint>
+
+#include "dtype.h"
+#include "plan.h"
+
+namespace jaxfp8 {
+
+// As the custom calls' attribute and csrc/kernels/activation.cuh number them.
+constexpr int32_t kNumActivations = 2;  // silu, gelu
+
+struct ActivationProblem {
+  // Of x (G, M, A, F), gate and up side by side where A is 2, and y (G, M, F), its activation:
+  // `row` results are blocked along F, `column` results along M and transposed.
+  enum class Kind {
+    kRows,            // y: row_data (G, M, F), row_scale (G, M, FB)
+    kBoth,            // and column_data (G, F, M), column_scale (G, F, MB)
+    kGradBoth,        // dx from x and dy (G, M, F): row_data (G, M, A, F), row_scale (G, M, A, FB),
+                      // column_data (G, A, F, M), column_scale (G, A, F, MB)
+    kRaggedBoth,      // as kBoth of x (M, A, F) with group_sizes (G): columns (F, T), (F, T / 128)
+    kRaggedGradBoth,  // as kGradBoth of x (M, A, F): columns (A, F, T), (A, F, T / 128)
+  };
+  Kind kind = Kind::kRows;
+  int64_t groups = 1, rows = 0, cols = 0;  // G, M, F; each at least 1
+  bool gated = false;                      // A is 2
+  int32_t activation = 0;                  // below kNumActivations
+  DType in = DType::kBFloat16;             // of x and dy: kBFloat16, kFloat16 or kFloat32
+  DType out = DType::kF8E4M3FN;            // kF8E4M3FN or kF8E5M2
+  bool pow2 = false;
+  void* x = nullptr;
+  void* dy = nullptr;
+  void* group_sizes = nullptr;
+  void* row_data = nullptr;
+  void* row_scale = nullptr;
+  void* column_data = nullptr;
+  void* column_scale = nullptr;
+};
+
+// The launch that computes `problem` on a device of `device_sms` multiprocessors. Throws
+// std::invalid_argument for a size below 1, a type or activation that is not listed, a null or
+// misaligned address, or a problem of more blocks than a grid holds.
+LaunchPlan plan_activation(const ActivationProblem& problem, int device_sms);
+
+}  // namespace jaxfp8

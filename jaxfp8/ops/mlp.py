@@ -1,0 +1,447 @@
+"""mlp and ragged_mlp: two products with an activation between, which is never stored in high precision.
+
+    h  = quantize(x) . quantize(w_up)                  h in bfloat16 or float32
+    y  = quantize(a(h)) . quantize(w_down)             one kernel reads h and writes both copies of a(h)
+    dh = a'(h) (quantize(dy) . quantize(w_down)^T)     one kernel reads h and da and writes both copies of dh
+    dx = quantize(dh) . quantize(w_up)^T
+    dw_down = columns(a(h)) . columns(dy), dw_up = columns(x) . columns(dh)
+
+Straight-through gradients of DeepSeek-V3's recipe (arXiv 2412.19437, section 3.3), as of two `linear`; but the
+activation and its gradient are quantized from float32, not from bfloat16.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from .. import _checks as checks
+from .._blocks import BLOCK
+from .._operation import Call, Operation
+from .._partition import Kernel
+from .._recipe import Recipe, current_recipe
+from .._types import explicit_axes, like_primal
+from ..kernels import activation as act
+from ..kernels import quantize as qt
+from ..kernels.activation import ACTIVATIONS, TWO, gated
+from ..kernels.gemm import gemm_kernel, product
+from ..kernels.grouped_gemm import grouped_kernel, grouped_product, grouped_wgrad_kernel
+from ._dot import out_spec, sum_to
+from ._residuals import PRE_ACTIVATION_NAME, load, save
+
+# --------------------------------------------------------------------------------------------------
+# Kernels of gate and up: the same products and the same quantizer, where both are one f
+# --------------------------------------------------------------------------------------------------
+
+
+def _gated(kernel: Kernel, name) -> Kernel:
+    pinned = (*kernel.pinned, TWO)
+    return Kernel(name, gated(kernel.local), pinned=pinned, together=kernel.together)
+
+
+gated_gemm_kernel = _gated(gemm_kernel, "jaxfp8_gemm_gated")
+gated_grouped_kernel = _gated(grouped_kernel, "jaxfp8_grouped_gemm_gated")
+gated_grouped_wgrad_kernel = _gated(grouped_wgrad_kernel, "jaxfp8_grouped_wgrad_gemm_gated")
+gated_weight_kernel = _gated(qt.weight_kernel, "jaxfp8_quantize_weight_gated")
+
+
+def _up_dims(dims):
+    """Dimensions of the transpose of w_up (..., k, [two,] f)."""
+    at = dims.index("k")
+    return dims[:at] + dims[at + 1 :] + ("k",)
+
+
+def _up_scale_dims(dims):
+    return tuple(d + "/" if d in ("k", "f") else d for d in dims)
+
+
+def _quantize_up(w, dims, fmt: qt.Format):
+    """w_up (..., k, [two,] f) in both orientations, with 128x128 blocks of k and f."""
+    if TWO not in dims:
+        return qt.weight(w, dims, fmt)
+    nt = _up_dims(dims)
+    outs = (dims, _up_scale_dims(dims), nt, _up_scale_dims(nt))
+    call = Call((dims,), outs, (("dtype", fmt.dtype), ("pow2", fmt.pow2)))
+    nn_data, nn_scale, nt_data, nt_scale = gated_weight_kernel(w, call=call)
+    return (
+        qt.Named(qt.QuantizedArray(nt_data, nt_scale, qt.SQUARE), nt, outs[3]),
+        qt.Named(qt.QuantizedArray(nn_data, nn_scale, qt.SQUARE), dims, outs[1]),
+    )
+
+
+def _hidden_dtype(call: Call):
+    """Of h: bfloat16 if the result is, else float32."""
+    bf16 = np.dtype(jnp.bfloat16)
+    return bf16 if call.get("out_dtype") == bf16 else np.dtype(np.float32)
+
+
+# --------------------------------------------------------------------------------------------------
+# Dense
+# --------------------------------------------------------------------------------------------------
+
+
+def _lead(call: Call):
+    """The leading dimensions of h: those that x or w_up has."""
+    x_dims, up_dims, _ = call.ins
+    return tuple(d for d in call.outs[0][:-1] if d in x_dims or d in up_dims)
+
+
+def _hidden_dims(call: Call):
+    up_dims = call.ins[1]
+    return _lead(call) + up_dims[up_dims.index("k") + 1 :]
+
+
+def _up_tokens(call: Call):
+    return tuple(d for d in _lead(call) if d not in call.ins[1])
+
+
+def _down_tokens(call: Call):
+    return tuple(d for d in _lead(call) if d not in call.ins[2])
+
+
+def _hidden(x_rows, up_nt, call: Call):
+    num_sms = call.get("recipe").num_sms
+    dims, dtype = _hidden_dims(call), _hidden_dtype(call)
+    return product(x_rows, up_nt, dims, dtype, num_sms=num_sms, kernel=gated_gemm_kernel)
+
+
+def _result(rows, down_nt, call: Call):
+    num_sms, dtype = call.get("recipe").num_sms, call.get("out_dtype")
+    return [product(rows, down_nt, call.outs[0], dtype, num_sms=num_sms, wanted=call.wanted)]
+
+
+def _mlp_body(x, w_up, w_down, *, call: Call):
+    x_dims, up_dims, down_dims = call.ins
+    fmt = qt.forward_format(call.get("recipe"))
+    up_nt, _ = _quantize_up(w_up, up_dims, fmt)
+    down_nt, _ = qt.weight(w_down, down_dims, fmt)
+    h = _hidden(qt.rows(x, x_dims, fmt), up_nt, call)
+    rows = act.activation_rows(h, _hidden_dims(call), fmt, call.get("activation"))
+    return _result(rows, down_nt, call)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _mlp(call: Call, types, x, w_up, w_down):
+    return _mlp_body(x, w_up, w_down, call=call)
+
+
+def _mlp_fwd(call: Call, types, x, w_up, w_down):
+    x_dims, up_dims, down_dims = call.ins
+    fmt = qt.forward_format(call.get("recipe"))
+    up_nt, up_nn = _quantize_up(w_up, up_dims, fmt)
+    down_nt, down_nn = qt.weight(w_down, down_dims, fmt)
+    x_rows, x_columns = qt.rows_and_columns(x, x_dims, _up_tokens(call), fmt)
+    h = checkpoint_name(_hidden(x_rows, up_nt, call), PRE_ACTIVATION_NAME)
+    rows, columns = act.activation_rows_and_columns(
+        h, _hidden_dims(call), _down_tokens(call), fmt, call.get("activation")
+    )
+    residuals = save(up_nn), save(down_nn), save(x_columns), save(columns), h
+    return _result(rows, down_nt, call), residuals
+
+
+def _columns_of(saved, dtype, batch, last, tokens_like: qt.Named):
+    """Saved columns, whose token dimensions are those of the columns that they are multiplied with."""
+    dims = tokens_like.dims
+    at = max(i for i, d in enumerate(dims) if d in ("k", "f", "n"))
+    dims = batch + last + dims[at + 1 :]
+    return load(saved, dtype, dims, dims[:-1] + (dims[-1] + "/",), qt.ROW)
+
+
+def _mlp_bwd(call: Call, types, residuals, cotangents):
+    (x_dims, up_dims, down_dims), (out,) = call.ins, call.outs
+    recipe: Recipe = call.get("recipe")
+    forward, gradient = qt.forward_format(recipe), qt.gradient_format(recipe)
+    (x_type, up_type, down_type), (dy,) = types, cotangents
+    saved_up, saved_down, saved_x, saved_columns, h = residuals
+    lead, h_dims = _lead(call), _hidden_dims(call)
+    up_nn = load(saved_up, forward.dtype, up_dims, _up_scale_dims(up_dims), qt.SQUARE)
+    down_nn = load(saved_down, forward.dtype, down_dims, down_dims[:-2] + ("f/", "n/"), qt.SQUARE)
+    multiply = functools.partial(product, num_sms=recipe.num_sms)
+
+    # A weight-only batch dimension is summed here; every other sum is a contraction of the kernel.
+    tokens = _down_tokens(call)
+    dy_rows, dy_columns = qt.rows_and_columns(dy, out, tokens, gradient)
+    da_dims = lead + ("f",)
+    wanted = tuple(w for w in explicit_axes(jax.typeof(h), h_dims) if w[0] != TWO)
+    da = multiply(dy_rows, down_nn, out[:-1] + ("f",), _hidden_dtype(call), wanted=wanted)
+    da = sum_to(da, out[:-1] + ("f",), da_dims)
+
+    batch = tuple(d for d in lead if d in down_dims)
+    columns = _columns_of(saved_columns, forward.dtype, batch, ("f",), dy_columns)
+    wanted = explicit_axes(down_type, down_dims)
+    dw_down = multiply(columns, dy_columns, down_dims, down_type.dtype, wanted=wanted)
+
+    dh_rows, dh_columns = act.activation_grad(
+        h, h_dims, da, _up_tokens(call), gradient, call.get("activation")
+    )
+    dx_dims = lead + ("k",)
+    multiply = functools.partial(multiply, kernel=gated_gemm_kernel)
+    dx = multiply(dh_rows, up_nn, dx_dims, x_type.dtype, wanted=explicit_axes(x_type, x_dims))
+    dx = sum_to(dx, dx_dims, x_dims)
+
+    batch = tuple(d for d in x_dims[:-1] if d in up_dims)
+    x_columns = _columns_of(saved_x, forward.dtype, batch, ("k",), dh_columns)
+    wanted = explicit_axes(up_type, up_dims)
+    dw_up = multiply(x_columns, dh_columns, up_dims, up_type.dtype, wanted=wanted)
+    return like_primal(dx, x_type), like_primal(dw_up, up_type), like_primal(dw_down, down_type)
+
+
+_mlp.defvjp(_mlp_fwd, _mlp_bwd)
+
+mlp_operation = Operation(
+    "jaxfp8_mlp",
+    _mlp_body,
+    derivative=lambda call, *arrays: _mlp(call, tuple(map(jax.typeof, arrays)), *arrays),
+)
+
+
+# --------------------------------------------------------------------------------------------------
+# Ragged
+# --------------------------------------------------------------------------------------------------
+
+
+def _ragged_product(kernel, lhs, rhs, sizes, call: Call, out, out_dtype):
+    num_sms = call.get("recipe").num_sms
+    return grouped_product(kernel, lhs, rhs, sizes, call.ins[3], out, out_dtype, num_sms=num_sms)
+
+
+def _ragged_hidden(x_rows, up_nt, sizes, call: Call):
+    dims, dtype = _hidden_dims_ragged(call), _hidden_dtype(call)
+    return _ragged_product(gated_grouped_kernel, x_rows, up_nt, sizes, call, dims, dtype)
+
+
+def _hidden_dims_ragged(call: Call):
+    x_dims, up_dims, _, sizes_dims = call.ins
+    new = (*x_dims[:-2], *up_dims[: up_dims.index("g")], *sizes_dims[:-1])
+    lead = tuple(d for d in call.outs[0][:-2] if d in new)
+    return lead + ("m",) + up_dims[up_dims.index("k") + 1 :]
+
+
+def _ragged_result(rows, down_nt, sizes, call: Call):
+    out, dtype = call.outs[0], call.get("out_dtype")
+    return [_ragged_product(grouped_kernel, rows, down_nt, sizes, call, out, dtype)]
+
+
+def _ragged_body(x, w_up, w_down, sizes, *, call: Call):
+    x_dims, up_dims, down_dims, _ = call.ins
+    fmt = qt.forward_format(call.get("recipe"))
+    up_nt, _ = _quantize_up(w_up, up_dims, fmt)
+    down_nt, _ = qt.weight(w_down, down_dims, fmt)
+    h = _ragged_hidden(qt.rows(x, x_dims, fmt), up_nt, sizes, call)
+    rows = act.activation_rows(h, _hidden_dims_ragged(call), fmt, call.get("activation"))
+    return _ragged_result(rows, down_nt, sizes, call)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _ragged_mlp(call: Call, types, x, w_up, w_down, sizes):
+    return _ragged_body(x, w_up, w_down, sizes, call=call)
+
+
+def _ragged_fwd(call: Call, types, x, w_up, w_down, sizes):
+    x_dims, up_dims, down_dims, sizes_dims = call.ins
+    fmt = qt.forward_format(call.get("recipe"))
+    up_nt, up_nn = _quantize_up(w_up, up_dims, fmt)
+    down_nt, down_nn = qt.weight(w_down, down_dims, fmt)
+    x_rows, x_columns = qt.ragged_rows_and_columns(x, x_dims, sizes, sizes_dims, fmt)
+    h = checkpoint_name(_ragged_hidden(x_rows, up_nt, sizes, call), PRE_ACTIVATION_NAME)
+    rows, columns = act.ragged_activation(
+        h, _hidden_dims_ragged(call), sizes, sizes_dims, fmt, call.get("activation")
+    )
+    residuals = save(up_nn), save(down_nn), save(x_columns), save(columns), h, sizes
+    return _ragged_result(rows, down_nt, sizes, call), residuals
+
+
+def _ragged_bwd(call: Call, types, residuals, cotangents):
+    (x_dims, up_dims, down_dims, sizes_dims), (out,) = call.ins, call.outs
+    recipe: Recipe = call.get("recipe")
+    forward, gradient = qt.forward_format(recipe), qt.gradient_format(recipe)
+    (x_type, up_type, down_type), (dy,) = types, cotangents
+    saved_up, saved_down, saved_x, saved_columns, h, sizes = residuals
+    h_dims = _hidden_dims_ragged(call)
+    lead = h_dims[: h_dims.index("m")]
+    up_nn = load(saved_up, forward.dtype, up_dims, _up_scale_dims(up_dims), qt.SQUARE)
+    down_nn = load(saved_down, forward.dtype, down_dims, down_dims[:-2] + ("f/", "n/"), qt.SQUARE)
+    multiply = functools.partial(_ragged_product, sizes=sizes, call=call)
+
+    def saved_tokens(saved, *dims):
+        new = tuple(dict.fromkeys(sizes_dims[:-1] + dims[:-1]))
+        dims = new + (dims[-1], "t")
+        return load(saved, forward.dtype, dims, dims[:-1] + ("t/",), qt.ROW)
+
+    dy_rows, dy_columns = qt.ragged_rows_and_columns(dy, out, sizes, sizes_dims, gradient)
+    dims = out[:-1] + ("f",)
+    da = multiply(grouped_kernel, dy_rows, down_nn, out=dims, out_dtype=_hidden_dtype(call))
+    da = sum_to(da, dims, lead + ("m", "f"))
+
+    # The results of a vmapped kernel have every batch dimension; those that a weight lacks are summed.
+    batch = tuple(d for d in out if d[0] == "v")
+    columns = saved_tokens(saved_columns, *lead, "f")
+    dims = batch + ("g", "f", "n")
+    dw_down = multiply(
+        grouped_wgrad_kernel, columns, dy_columns, out=dims, out_dtype=down_type.dtype
+    )
+    dw_down = sum_to(dw_down, dims, down_dims)
+
+    dh_rows, dh_columns = act.ragged_activation_grad(
+        h, h_dims, da, sizes, sizes_dims, gradient, call.get("activation")
+    )
+    dims = lead + ("m", "k")
+    dx = multiply(gated_grouped_kernel, dh_rows, up_nn, out=dims, out_dtype=x_type.dtype)
+    dx = sum_to(dx, dims, x_dims)
+
+    x_columns = saved_tokens(saved_x, *x_dims[:-2], "k")
+    dims = lead + ("g", "k") + up_dims[up_dims.index("k") + 1 :]
+    dw_up = multiply(
+        gated_grouped_wgrad_kernel, x_columns, dh_columns, out=dims, out_dtype=up_type.dtype
+    )
+    dw_up = sum_to(dw_up, dims, up_dims)
+    return (
+        like_primal(dx, x_type),
+        like_primal(dw_up, up_type),
+        like_primal(dw_down, down_type),
+        None,
+    )
+
+
+_ragged_mlp.defvjp(_ragged_fwd, _ragged_bwd)
+
+ragged_operation = Operation(
+    "jaxfp8_ragged_mlp",
+    _ragged_body,
+    derivative=lambda call, *arrays: _ragged_mlp(call, tuple(map(jax.typeof, arrays[:3])), *arrays),
+)
+
+
+# --------------------------------------------------------------------------------------------------
+# Public functions
+# --------------------------------------------------------------------------------------------------
+
+
+def _check(function, x, w_up, w_down, activation, preferred_element_type, groups=""):
+    """The operands, with F padded to whole blocks, and the result's dtype."""
+    if activation not in ACTIVATIONS:
+        allowed = ", ".join(map(repr, ACTIVATIONS))
+        raise ValueError(f"{function}: activation is {activation!r}; allowed: {allowed}")
+    x = checks.array(function, "x", x, "(M, K)" if groups else "(..., K)")
+    shapes = f"({groups}K, F)", f"({groups}K, 2, F)"
+    w_up = checks.array(function, "w_up", w_up, "(...)")
+    at = w_up.ndim - len(shapes[0].split(","))
+    if at not in (0, 1) or (at and w_up.shape[-2] != 2):
+        raise ValueError(
+            f"{function}: w_up has shape {w_up.shape}; allowed: {shapes[0]}, or {shapes[1]}: gate and up"
+        )
+    w_down = checks.array(function, "w_down", w_down, f"({groups}F, N)")
+    checks.same(function, "K", "x", x.shape[-1], "w_up", w_up.shape[-2 - at])
+    checks.same(function, "F", "w_up", w_up.shape[-1], "w_down", w_down.shape[-2])
+    if groups:
+        checks.same(function, "G", "w_up", w_up.shape[0], "w_down", w_down.shape[0])
+    if preferred_element_type is None:
+        out_dtype = jnp.result_type(x, w_up, w_down)
+    else:
+        out_dtype = checks.output_dtype(
+            function, "preferred_element_type", preferred_element_type, checks.INPUT_DTYPES
+        )
+    # Hidden units without weights: a(0) is 0. Else blocks of gate and of up would not line up in a product over both.
+    if pad := -w_up.shape[-1] % BLOCK:
+        w_up = jnp.pad(w_up, [(0, 0)] * (w_up.ndim - 1) + [(0, pad)])
+        w_down = jnp.pad(w_down, [(0, 0)] * (w_down.ndim - 2) + [(0, pad), (0, 0)])
+    return x, w_up, w_down, np.dtype(out_dtype), (TWO, "f") if at else ("f",)
+
+
+def mlp(
+    x: Any,
+    w_up: Any,
+    w_down: Any,
+    *,
+    activation: str = "silu",
+    recipe: Recipe | None = None,
+    preferred_element_type: Any = None,
+    out_sharding: Any = None,
+) -> jax.Array:
+    """The MLP of a transformer with FP8 products, forward and backward: `a(x . w_up) . w_down`.
+
+    With a gate, `(a(x . w_up[:, 0]) * (x . w_up[:, 1])) . w_down`: SwiGLU for silu, GeGLU for gelu (arXiv 2002.05202).
+
+    On a GPU one kernel reads the hidden layer and writes the FP8 rows and columns of its activation, and one reads it
+    and the gradient of the activation and writes those of its own gradient. The activation is computed in float32 and
+    quantized from there. Under `vmap` with shared weights it stays one MLP, also its weight gradients.
+
+    **Arguments:**
+
+    - `x`: float32, bfloat16 or float16 `(..., K)`.
+    - `w_up`: likewise, `(K, F)`, or `(K, 2, F)` with a gate, `w_up[:, 0]`. (Not `(K, 2 F)`: so F can be sharded.)
+    - `w_down`: likewise, `(F, N)`.
+    - `activation`: `"silu"`, or `"gelu"`: the tanh approximation, as `jax.nn.gelu`'s default.
+    - `recipe`: a `jaxfp8.Recipe`; None is the one in force.
+    - `preferred_element_type`: dtype of the result; None is what x and the weights promote to. The hidden layer, which
+      is kept for the backward pass, is bfloat16 if the result is, else float32.
+    - `out_sharding`: a PartitionSpec or NamedSharding of the result, on meshes with explicit axes.
+
+    **Returns:** `(..., N)`. Gradients have the dtypes of their primals.
+
+    **Raises:** TypeError or ValueError for operands that do not fit.
+    """
+    recipe = current_recipe("mlp", recipe)
+    x, w_up, w_down, out_dtype, hidden = _check(
+        "mlp", x, w_up, w_down, activation, preferred_element_type
+    )
+    spec = out_spec("mlp", out_sharding, x.ndim)
+    with jax.named_scope("jaxfp8.mlp"):
+        vector = x.ndim == 1
+        if vector:
+            x = x[None]
+            spec = None if spec is None else ((), *spec)
+        tokens = tuple(f"m{i}" for i in range(x.ndim - 1))
+        out = (*tokens, "n")
+        attributes = (("activation", activation), ("out_dtype", out_dtype), ("recipe", recipe))
+        wanted = () if spec is None else tuple(zip(out, spec, strict=True))
+        ins = ((*tokens, "k"), ("k", *hidden), ("f", "n"))
+        (y,) = mlp_operation(x, w_up, w_down, call=Call(ins, (out,), attributes, wanted))
+        return y[0] if vector else y
+
+
+def ragged_mlp(
+    x: Any,
+    w_up: Any,
+    w_down: Any,
+    group_sizes: Any,
+    *,
+    activation: str = "silu",
+    recipe: Recipe | None = None,
+    preferred_element_type: Any = None,
+    out_sharding: Any = None,
+) -> jax.Array:
+    """`mlp` with weights for each group of rows: the experts of a mixture.
+
+    Groups of any size follow one another from row 0 on; no padding, no host synchronization, no capacity.
+
+    **Arguments:** as `mlp`, but
+
+    - `x`: tokens sorted by group, `(M, K)`.
+    - `w_up`: `(G, K, F)`, or `(G, K, 2, F)` with a gate.
+    - `w_down`: `(G, F, N)`.
+    - `group_sizes`: int32 `(G,)`, rows of each group. Negative counts as zero; groups are clipped to M.
+
+    **Returns:** `(M, N)`. Rows past the last group are zero and contribute nothing to gradients; empty groups have
+    zero weight gradients.
+
+    **Raises:** TypeError or ValueError for operands that do not fit.
+    """
+    function = "ragged_mlp"
+    recipe = current_recipe(function, recipe)
+    x, w_up, w_down, out_dtype, hidden = _check(
+        function, x, w_up, w_down, activation, preferred_element_type, "G, "
+    )
+    sizes = checks.group_sizes(function, "group_sizes", group_sizes)
+    checks.same(function, "G", "w_up", w_up.shape[0], "group_sizes", sizes.shape[0])
+    spec = out_spec(function, out_sharding, 2)
+    attributes = (("activation", activation), ("out_dtype", out_dtype), ("recipe", recipe))
+    ins = (("m", "k"), ("g", "k", *hidden), ("g", "f", "n"), ("g",))
+    with jax.named_scope("jaxfp8.ragged_mlp"):
+        (y,) = ragged_operation(x, w_up, w_down, sizes, call=Call(ins, (("m", "n"),), attributes))
+        return y if spec is None else jax.sharding.reshard(y, out_sharding)

@@ -1,0 +1,332 @@
+"""The activation kernels' PTX, planned by the library and executed by the emulator.
+
+Where the logistic function is saturated, at 0 or 1, the float32 activation is known exactly: then every result must
+equal the oracle's bit for bit. Elsewhere the activation is held to float64 within its stated bound. Every launch
+checks besides: no race, no read of uninitialised shared memory, no access outside the buffers or misaligned, no byte
+of an output left unwritten.
+"""
+
+import itertools
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxfp8 import _ffi
+from tests import emulator
+from tests import oracle_activation as oracle
+from tests import oracle_quantize as oq
+
+pytestmark = [
+    pytest.mark.emulated,
+    pytest.mark.skipif(not _ffi.images(), reason="this build of jaxfp8 holds no kernels"),
+]
+
+BF16, F16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32)
+NAMES = {BF16: "bf16", F16: "f16", F32: "f32", oq.E4M3: "f8e4m3fn", oq.E5M2: "f8e5m2"}
+DENSE = ("rows", "both", "grad_both")
+RAGGED = ("ragged_both", "ragged_grad_both")
+KINDS = DENSE + RAGGED
+ACTIVATIONS = ("silu", "gelu")
+
+
+def saturated(seed, shape, dtype):
+    """Pre-activations (..., A, F) whose activation is exact: gates far from zero, or zero."""
+    r = np.random.default_rng(seed)
+    x = (
+        r.integers(4, 8, shape)
+        * 2.0 ** r.integers(3, 9, shape)
+        * r.choice([1, 1, 1, -64, 0], shape)
+    )
+    if shape[-2] == 2:
+        x[..., 1, :] = few_bits(r, x[..., 1, :].shape)
+    return x.astype(dtype)
+
+
+def few_bits(r, shape):
+    """Numbers of four bits and many magnitudes, zeros among them; a row has its own magnitude."""
+    x = r.integers(-15, 16, shape) * 2.0 ** r.integers(-6, 3, shape)
+    return x * 2.0 ** r.integers(-4, 5, (*shape[:-1], 1))
+
+
+def cotangents(seed, shape, dtype):
+    return few_bits(np.random.default_rng(seed + 1000), shape).astype(dtype)
+
+
+def result_types(kind, shape, dtype, groups):
+    """(dtype, shape) of the custom call's results, for x of `shape`."""
+    *lead, a, f = shape
+    m, blocks = lead[-1], oq.cdiv
+    halves = (a,) if "grad" in kind else ()
+    rows = [(dtype, (*lead, *halves, f)), ("f32", (*lead, *halves, blocks(f, 128)))]
+    if kind == "rows":
+        return rows
+    tokens = oq.padded_tokens(m, groups) if kind in RAGGED else m
+    batch = lead[:-1]
+    columns = (*batch, *halves, f)
+    return [*rows, (dtype, (*columns, tokens)), ("f32", (*columns, blocks(tokens, 128)))]
+
+
+def launch(
+    kind,
+    x,
+    dy,
+    dtype,
+    *,
+    activation="silu",
+    pow2=False,
+    group_sizes=None,
+    offsets=None,
+    seed=0,
+    sms=2,
+):
+    """Plans and executes one call; its outputs' bytes, and the emulator's report.
+
+    `offsets`: bytes by which an array, by name, starts past a multiple of 256.
+    """
+    inputs = {"x": x}
+    if dy is not None:
+        inputs["dy"] = dy
+    if group_sizes is not None:
+        inputs["group_sizes"] = np.array(group_sizes, np.int32)
+    types = [(NAMES.get(v.dtype, "s32"), v.shape) for v in inputs.values()]
+    results = result_types(kind, x.shape, NAMES[dtype], len(group_sizes or ()))
+    plan = _ffi._C.plan(
+        f"jaxfp8_activation_{kind}_v1",
+        types,
+        results,
+        pow2=pow2,
+        activation=ACTIVATIONS.index(activation),
+        device_sms=sms,
+    )
+    names = (
+        ("data", "scale")
+        if kind == "rows"
+        else ("row_data", "row_scale", "column_data", "column_scale")
+    )
+    memory = emulator.Memory()
+    addresses, outputs = {"null": 0}, []
+    offsets = offsets or {}
+    for name, value in inputs.items():
+        offset = offsets.get(name, 0)
+        buffer = np.full(offset + value.nbytes, 0xA5, np.uint8)
+        buffer[offset:] = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+        buffer.flags.writeable = False
+        addresses[name] = memory.array(buffer, name=name).base + offset
+    for name, (type_, shape) in zip(names, results, strict=True):
+        # The array ends where its buffer ends, so that a byte too far is out of bounds.
+        offset = offsets.get(name, 0)
+        buffer = np.full(
+            offset + int(np.prod(shape)) * (4 if type_ == "f32" else 1), 0xA5, np.uint8
+        )
+        outputs.append(buffer[offset:])
+        addresses[name] = memory.array(buffer, name=name).base + offset
+    ptx = _ffi.image_directory() / f"{plan.image}.ptx"
+    parameters = emulator.kernel(ptx, plan.kernel).parameters
+    args = [
+        np.uint64(addresses[arg])
+        if isinstance(arg, str)
+        else {4: np.int32, 8: np.int64}[parameter.size](arg)
+        for arg, parameter in zip(plan.args, parameters, strict=True)
+    ]
+    report = emulator.launch(
+        ptx,
+        plan.kernel,
+        grid=plan.grid,
+        block=plan.block,
+        dynamic_smem=plan.dynamic_smem,
+        args=args,
+        seed=seed,
+        memory=memory,
+    )
+    return outputs, report, results
+
+
+def operands(kind, shape, seed, source, generate=saturated):
+    """x (G, M, A, F), or (M, A, F) of the kinds without a batch, and dy of a gradient."""
+    x = generate(seed, shape, source)
+    dy = cotangents(seed, (*shape[:-2], shape[-1]), source) if "grad" in kind else None
+    return x, dy
+
+
+def assert_exact(kind, x, dy, dtype, *, activation="silu", pow2=False, group_sizes=None, **options):
+    """Executes one call on saturated operands and compares every output with the oracle's, byte for byte."""
+    outputs, report, _ = launch(
+        kind, x, dy, dtype, activation=activation, pow2=pow2, group_sizes=group_sizes, **options
+    )
+    y = oracle.activate(x, activation) if dy is None else oracle.gradient(x, dy, activation)
+    want = oracle.outputs(kind, y, dtype=dtype, pow2=pow2, group_sizes=group_sizes)
+    for i, (got, array) in enumerate(zip(outputs, want, strict=True)):
+        wrong = np.flatnonzero(got != array.reshape(-1).view(np.uint8))
+        assert not wrong.size, f"output {i}: {wrong.size} of {got.size} bytes, first {wrong[0]}"
+    return report
+
+
+def shape_for(kind, g, m, a, f):
+    return (m, a, f) if kind in RAGGED else (g * m, a, f) if kind == "rows" else (g, m, a, f)
+
+
+FORMATS = list(itertools.product((BF16, F16, F32), (oq.E4M3, oq.E5M2)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("halves", [1, 2])
+@pytest.mark.parametrize(("source", "target"), FORMATS, ids=lambda d: NAMES[d])
+def test_every_format_equals_the_oracle(kind, halves, source, target):
+    x, dy = operands(kind, shape_for(kind, 1, 20, halves, 40), 1, source)
+    i = FORMATS.index((source, target)) + halves
+    assert_exact(
+        kind,
+        x,
+        dy,
+        target,
+        pow2=bool(i % 2),
+        activation=ACTIVATIONS[i // 2 % 2],
+        group_sizes=[9, 8] if kind in RAGGED else None,
+    )
+
+
+@pytest.mark.parametrize("kind", DENSE)
+@pytest.mark.parametrize("halves", [1, 2])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (3, 1, 5), (1, 128, 128), (1, 129, 8), (2, 7, 130), (1, 130, 257)], ids=str
+)
+def test_every_shape_equals_the_oracle(kind, halves, shape):
+    g, m, f = shape
+    source = F32 if m % 2 and halves == 1 else BF16
+    x, dy = operands(kind, shape_for(kind, g, m, halves, f), 2, source)
+    assert_exact(kind, x, dy, oq.E4M3, activation=ACTIVATIONS[(m + halves) % 2])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("source", [BF16, F32], ids=NAMES.get)
+def test_buffers_aligned_to_their_elements_only(kind, source):
+    x, dy = operands(kind, shape_for(kind, 1, 20, 2, 24), 3, source)
+    offsets = {"x": source.itemsize, "dy": source.itemsize, "group_sizes": 4}
+    offsets |= {name: 3 for name in ("data", "row_data", "column_data")}
+    offsets |= {name: 4 for name in ("scale", "row_scale", "column_scale")}
+    assert_exact(
+        kind, x, dy, oq.E4M3, group_sizes=[15] if kind in RAGGED else None, offsets=offsets
+    )
+
+
+def test_rows_of_a_small_matrix_spread_over_the_multiprocessors():
+    x, _ = operands("rows", (64, 2, 512), 4, BF16)
+    for sms in (1, 132):
+        assert_exact("rows", x, None, oq.E4M3, sms=sms)
+
+
+GROUPS = {
+    "one block": ([128], 128),
+    "around a block": ([0, 127, 128, 129, 1], 400),
+    "one group": ([60], 60),
+    "all empty": ([0, 0], 30),
+    "fewer than the rows": ([10, 0, 20], 300),
+    "more than the rows": ([70, 70, 70], 100),
+    "negative and huge": ([-5, 50, 2**31 - 1, 7], 100),
+    "more than lanes": ([3, 0] * 17, 60),
+}
+
+
+@pytest.mark.parametrize("kind", RAGGED)
+@pytest.mark.parametrize("groups", GROUPS)
+def test_ragged_groups_equal_the_oracle(kind, groups):
+    group_sizes, rows = GROUPS[groups]
+    x, dy = operands(kind, (rows, 1 + len(group_sizes) % 2, 16), 5, BF16)
+    assert_exact(kind, x, dy, oq.E4M3, group_sizes=group_sizes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_and_inf_stay_visible_in_their_block_only(kind):
+    x, dy = operands(kind, shape_for(kind, 1, 40, 2, 136), 6, BF16)
+    flat = x.reshape(40, 2, 136)
+    flat[3, 0, 5], flat[17, 1, 130], flat[30, 0, 20], flat[33, 0, 7] = (
+        np.nan,
+        np.inf,
+        -np.inf,
+        np.inf,
+    )
+    if dy is not None:
+        dy.reshape(40, 136)[8, 9] = np.nan
+    y = oracle.activate(x, "silu") if dy is None else oracle.gradient(x, dy, "silu")
+    assert np.count_nonzero(~np.isfinite(y)) >= 4
+    assert_exact(kind, x, dy, oq.E4M3, group_sizes=[20, 15] if kind in RAGGED else None)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("kind", ["rows", "grad_both"])
+def test_no_finite_pre_activation_becomes_nan(kind, activation):
+    magnitudes = np.ldexp(1.0, np.arange(-149, 128, 4))
+    gate = np.concatenate([magnitudes, -magnitudes]).astype(np.float32)
+    x = np.stack([gate, np.ones_like(gate)])[None]
+    dy = np.ones((1, 1, gate.size), np.float32) if kind == "grad_both" else None
+    x = x[None] if kind == "grad_both" else x
+    outputs, _, _ = launch(kind, x, dy, oq.E5M2, activation=activation)
+    assert np.isfinite(outputs[1].view(np.float32)).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_schedules_do_not_matter(kind):
+    x, dy = operands(kind, shape_for(kind, 1, 130, 2, 40), 7, BF16)
+    for seed in (1, 2, 3):
+        assert_exact(kind, x, dy, oq.E4M3, group_sizes=[129] if kind in RAGGED else None, seed=seed)
+
+
+def steps(data):
+    """FP8 bytes as integers in the order of their values."""
+    codes = data.view(np.uint8).astype(np.int32)
+    return np.where(codes & 0x80, -(codes & 0x7F), codes)
+
+
+def ordinary(seed, shape, dtype):
+    x = np.random.default_rng(seed).standard_normal(shape) * 3
+    x[..., -3:] *= 12  # where the exponential is very large or very small
+    return x.astype(dtype)
+
+
+def assert_within_a_step(got, kind, want, bound, dtype, group_sizes=None):
+    """Scales within the activation's error, data one FP8 step from the oracle's at most, and few of those."""
+    for i in range(0, len(want), 2):
+        data, scale = steps(got[i]), got[i + 1].view(np.float32)
+        want_data, want_scale = steps(want[i].reshape(-1)), want[i + 1].reshape(-1)
+        # The oracle's scales of the bound are those of the error of a block's largest value.
+        slack = bound[i + 1].reshape(-1) * 1.01 + want_scale * 2.0**-22
+        assert (np.abs(scale - want_scale) <= slack).all()
+        difference = np.abs(data - want_data)
+        assert difference.max() <= 1
+        assert np.count_nonzero(difference) <= 2 + data.size // 100
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("halves", [1, 2])
+def test_an_activation_is_within_its_bound(kind, activation, halves):
+    source = (BF16, F32)[halves % 2]
+    x, dy = operands(kind, shape_for(kind, 1, 70, halves, 136), 8, source, ordinary)
+    group_sizes = [30, 40] if kind in RAGGED else None
+    outputs, _, _ = launch(kind, x, dy, oq.E4M3, activation=activation, group_sizes=group_sizes)
+    y = oracle.activate(x, activation) if dy is None else oracle.gradient(x, dy, activation)
+    error = oracle.error_bounds(x, dy, activation)
+    assert np.isfinite(error).all()
+    want = oracle.outputs(kind, y, group_sizes=group_sizes)
+    bound = oracle.outputs(kind, error, group_sizes=group_sizes)
+    assert_within_a_step(outputs, kind, want, bound, oq.E4M3)
+
+
+def test_no_kernel_spills():
+    for image in ("activation_rows", "activation_both", "activation_grad"):
+        text = (_ffi.image_directory() / f"{image}.ptxas.txt").read_text()
+        assert text.count("0 bytes spill stores, 0 bytes spill loads") == text.count(
+            "Compiling entry"
+        )
+        assert "Compiling entry" in text
+
+
+def test_more_blocks_than_a_grid_holds_are_refused():
+    shape = (1, 2**30, 2, 2**30)
+    with pytest.raises(ValueError, match=r"x has more blocks than a grid holds, 2\^31 - 1"):
+        _ffi._C.plan(
+            "jaxfp8_activation_both_v1",
+            [("bf16", shape)],
+            result_types("both", shape, "f8e4m3fn", 0),
+        )

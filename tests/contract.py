@@ -49,6 +49,46 @@ CONTRACT = {
             "column_scale": (F32, "K TB"),
         },
     ),
+    "activation_rows": (
+        {"x": (FLOAT, "M A F")},
+        {"data": (FP8, "M F"), "scale": (F32, "M FB")},
+    ),
+    "activation_both": (
+        {"x": (FLOAT, "G M A F")},
+        {
+            "row_data": (FP8, "G M F"),
+            "row_scale": (F32, "G M FB"),
+            "column_data": (FP8, "G F M"),
+            "column_scale": (F32, "G F MB"),
+        },
+    ),
+    "activation_grad_both": (
+        {"x": (FLOAT, "G M A F"), "dy": (FLOAT, "G M F")},
+        {
+            "row_data": (FP8, "G M A F"),
+            "row_scale": (F32, "G M A FB"),
+            "column_data": (FP8, "G A F M"),
+            "column_scale": (F32, "G A F MB"),
+        },
+    ),
+    "activation_ragged_both": (
+        {"x": (FLOAT, "M A F"), "group_sizes": (S32, "G")},
+        {
+            "row_data": (FP8, "M F"),
+            "row_scale": (F32, "M FB"),
+            "column_data": (FP8, "F T"),
+            "column_scale": (F32, "F TB"),
+        },
+    ),
+    "activation_ragged_grad_both": (
+        {"x": (FLOAT, "M A F"), "dy": (FLOAT, "M F"), "group_sizes": (S32, "G")},
+        {
+            "row_data": (FP8, "M A F"),
+            "row_scale": (F32, "M A FB"),
+            "column_data": (FP8, "A F T"),
+            "column_scale": (F32, "A F TB"),
+        },
+    ),
     "gemm_1d2d": (
         {
             "lhs": (FP8, "G M K"),

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxfp8 import _C
-from tests import ffi_frames, oracle
+from tests import ffi_frames, oracle, oracle_activation
 from tests import oracle_quantize as oq
 
 BF16, F16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32)
@@ -210,6 +210,51 @@ def _quantize(kind: str) -> Callable:
     return draw
 
 
+# --- activations ----------------------------------------------------------------------------------
+
+
+def _activation(kind: str) -> Callable:
+    """On operands whose activation is exact: results are known to the bit."""
+    ragged, gradient = "ragged" in kind, "grad" in kind
+
+    def draw(rng, sizes=None, most=300) -> Call:
+        source, dtype = (BF16, F16, F32)[rng.integers(3)], (E4M3, E5M2)[rng.integers(2)]
+        pow2, name = bool(rng.integers(2)), ("silu", "gelu")[rng.integers(2)]
+        g, m, f, a = int(rng.integers(1, 3)), size(rng, most), size(rng, most), rng.integers(1, 3)
+        batch = () if ragged or kind == "rows" else (g,)
+        seed = int(rng.integers(2**31))
+        x = oracle_activation.saturated(seed, (*batch, m, int(a), f), source)
+        dy = oracle_activation.cotangents(seed, (*batch, m, f), source) if gradient else None
+        operands = [_array(x)] + ([_array(dy)] if gradient else [])
+        if ragged:
+            if sizes is None:
+                sizes = group_sizes(rng, int(rng.integers(1, 40)), m)
+            operands.append(_array(sizes))
+        if gradient:
+            y = oracle_activation.gradient(x, dy, name)
+        else:
+            y = oracle_activation.activate(x, name)
+        want = oracle_activation.outputs(kind, y, dtype=dtype, pow2=pow2, group_sizes=sizes)
+        shapes = oracle_activation.result_shapes(kind, x.shape, len(sizes) if ragged else 0)
+
+        def check(results):
+            for i, (got, array) in enumerate(zip(results, want, strict=True)):
+                got, array = (v.reshape(-1).view(np.uint8) for v in (got, array))
+                wrong = np.flatnonzero(got != array)
+                assert not wrong.size, f"result {i}: {wrong.size} bytes, the first {wrong[0]}"
+
+        return Call(
+            f"jaxfp8_activation_{kind}_v1",
+            operands,
+            [(v.dtype, dims) for v, dims in zip(want, shapes, strict=True)],
+            {"pow2": pow2, "activation": ("silu", "gelu").index(name)},
+            check,
+            text=f"group sizes {sizes.tolist()}" if ragged else "",
+        )
+
+    return draw
+
+
 # --- products -------------------------------------------------------------------------------------
 
 
@@ -301,10 +346,11 @@ def _grouped_wgrad(accumulate: bool) -> Callable:
 QUANTIZERS = (
     "rows", "columns", "both", "blocks", "weight", "ragged_columns", "ragged_both",
 )  # fmt: skip
+ACTIVATIONS = ("rows", "both", "grad_both", "ragged_both", "ragged_grad_both")
 # target -> draw(rng)
 DRAWS: dict[str, Callable[..., Call]] = {
     f"jaxfp8_quantize_{kind}_v1": _quantize(kind) for kind in QUANTIZERS
-}
+} | {f"jaxfp8_activation_{kind}_v1": _activation(kind) for kind in ACTIVATIONS}
 for _accumulate, _suffix in ((False, "_v1"), (True, "_accum_v1")):
     for _name in ("gemm_1d2d", "gemm_1d1d"):
         DRAWS[f"jaxfp8_{_name}{_suffix}"] = _dense(_name, _accumulate)

@@ -47,7 +47,7 @@ def _targets() -> dict[str, tuple[dict, dict]]:
 
 
 TARGETS = _targets()
-ATTRIBUTES = {"pow2": "pred", "config": "s32", "num_sms": "s32"}
+ATTRIBUTES = {"pow2": "pred", "activation": "s32", "config": "s32", "num_sms": "s32"}
 
 
 @dataclass
@@ -96,6 +96,8 @@ def faults(call: Call) -> set[str]:
     operands, results = TARGETS[call.target]
     found = set()
     attributes = ["config", "num_sms"] if "gemm" in call.target else ["pow2"]
+    if "activation" in call.target:
+        attributes.append("activation")
     for name in attributes:
         if call.attributes.get(name, ("", 0))[0] != ATTRIBUTES[name]:
             found.add(f"attribute {name}")
@@ -147,7 +149,7 @@ def _size_faults(target: str, spec: dict, arrays: dict[str, Array]) -> set[str]:
             found |= others
         ragged = "ragged" in target
         for name, size in by_name.items():
-            if symbol in ("MB", "NB", "KB") and base in sizes:
+            if symbol in ("MB", "NB", "KB", "FB") and base in sizes:
                 for owner, whole in sizes[base].items():
                     if size != _cdiv(whole, BLOCK):
                         found |= {name, owner}
@@ -172,13 +174,20 @@ def _value_faults(call: Call, arrays: dict[str, Array]) -> set[str]:
     """What a call whose every array has an allowed type, shape and address may still have."""
     target = call.target
     found = set()
-    if "quantize" in target:
+    if "gemm" not in target:
         eight_bit = [n for n, a in arrays.items() if a.dtype.startswith("f8")]
         if len({arrays[n].dtype for n in eight_bit}) > 1:
             found |= set(eight_bit)
         dims = arrays["x" if "x" in arrays else "w"].dims
         if _quantizer_grid(target, arrays, dims) > MAX_GRID:
             found |= {"x", "w"} & set(arrays)
+        if "activation" in target:
+            if dims[-2] > 2:
+                found.add("x")
+            if "dy" in arrays and arrays["dy"].dtype != arrays["x"].dtype:
+                found.add("dy")
+            if not 0 <= call.attributes["activation"][1] <= 1:
+                found.add("activation")
         return found
 
     def value(name):
@@ -222,8 +231,8 @@ def _value_faults(call: Call, arrays: dict[str, Array]) -> set[str]:
 
 def _quantizer_grid(target: str, arrays: dict[str, Array], dims: list[int]) -> int:
     """CTAs of a quantization, before rows are gathered in CTAs of several warps."""
-    *lead, m, k = dims
-    if target == "jaxfp8_quantize_rows_v1":
+    *lead, m, k = dims[:-2] + dims[-1:] if "activation" in target else dims
+    if target in ("jaxfp8_quantize_rows_v1", "jaxfp8_activation_rows_v1"):
         size = {"f32": 4}.get(arrays["x"].dtype, 2)
         return _cdiv(m, 8) * _cdiv(k, 512 // size)
     groups = lead[0] if lead else 1
@@ -273,7 +282,8 @@ def valid_call(rng: random.Random) -> Call:
     target = rng.choice(list(TARGETS))
     operands, results = TARGETS[target]
     large = rng.random() < 0.2
-    sizes = {s: _size(rng, large) for s in "GMNK"}
+    sizes = {s: _size(rng, large) for s in "GMNKF"}
+    sizes["A"] = rng.randint(1, 2)
     if not large:
         sizes["G"] = rng.randint(1, 70)
     if "gemm" in target:
@@ -282,22 +292,25 @@ def valid_call(rng: random.Random) -> Call:
         sizes["T"] = _cdiv(sizes["M"], BLOCK) * BLOCK + BLOCK * sizes["G"]
     else:
         sizes["T"] = BLOCK * (sizes["G"] + _size(rng, False))
-    for symbol in "MNK":
+    for symbol in "MNKF":
         sizes[f"{symbol}B"] = _cdiv(sizes[symbol], BLOCK)
     sizes["TB"] = sizes["T"] // BLOCK
     if "gemm_1d" in target:
         sizes["1|G"] = 1 if rng.random() < 0.3 else sizes["G"]
     spec = {**operands, **results}
     eight, product = rng.choice(("f8e4m3fn", "f8e5m2")), rng.choice(("bf16", "f32"))
+    source = rng.choice(sorted(ALLOWED["float"]))
     arrays = {}
     for i, (name, (types, _)) in enumerate(spec.items()):
         dtype = rng.choice(sorted(ALLOWED[types]))
         if types == "fp8":
-            dtype = eight if "quantize" in target else "f8e4m3fn"
+            dtype = "f8e4m3fn" if "gemm" in target else eight
             if name == "lhs" and rng.random() < 0.3:
                 dtype = "f8e5m2"
         elif types == "out":
             dtype = product
+        elif types == "float":
+            dtype = source
         dims = [sizes[axis] for axis in _axes(target, spec, name)]
         # Mapped nowhere: 2^44 bytes apart, above what user space may have.
         address = (1 << 56) + (i << 44) + 16 * rng.randrange(1 << 20)
@@ -313,6 +326,8 @@ def valid_call(rng: random.Random) -> Call:
         }
     else:
         attributes = {"pow2": ("pred", rng.random() < 0.5)}
+        if "activation" in target:
+            attributes["activation"] = ("s32", rng.randint(0, 1))
     return Call(target, [arrays[n] for n in operands], [arrays[n] for n in results], attributes)
 
 
@@ -392,7 +407,7 @@ def _mutate_attribute(rng: random.Random, call: Call):
         call.attributes[name] = (kind, value.get(kind, rng.choice((0, 1))))
     elif change == 2:
         call.attributes[rng.choice(("", "a", "zz", "num_sm", "config2"))] = ("s32", 7)
-    elif name in ("config", "num_sms"):
+    elif name in ("activation", "config", "num_sms"):
         call.attributes[name] = ("s32", rng.choice(_VALUES))
 
 

@@ -75,6 +75,42 @@ def error_bounds(x, dy, activation):
         return np.stack([dy * up * da, dy * value], axis=-2)
 
 
+def saturated(seed, shape, dtype):
+    """Pre-activations (..., A, F) whose activation is exact: gates far from zero, or zero."""
+    r = np.random.default_rng(seed)
+    x = (
+        r.integers(4, 8, shape)
+        * 2.0 ** r.integers(3, 9, shape)
+        * r.choice([1, 1, 1, -64, 0], shape)
+    )
+    if shape[-2] == 2:
+        x[..., 1, :] = few_bits(r, x[..., 1, :].shape)
+    with np.errstate(over="ignore"):
+        return x.astype(dtype)
+
+
+def few_bits(r, shape):
+    """Numbers of four bits and many magnitudes, zeros among them; a row has its own magnitude."""
+    x = r.integers(-15, 16, shape) * 2.0 ** r.integers(-6, 3, shape)
+    return x * 2.0 ** r.integers(-4, 5, (*shape[:-1], 1))
+
+
+def cotangents(seed, shape, dtype):
+    return few_bits(np.random.default_rng(seed + 1000), shape).astype(dtype)
+
+
+def result_shapes(kind, shape, groups):
+    """Logical shapes of the custom call's results, for x of `shape`."""
+    *lead, a, f = shape
+    halves = (a,) if "grad" in kind else ()
+    rows = [(*lead, *halves, f), (*lead, *halves, oq.cdiv(f, oq.BLOCK))]
+    if kind == "rows":
+        return rows
+    tokens = oq.padded_tokens(lead[-1], groups) if "ragged" in kind else lead[-1]
+    columns = (*lead[:-1], *halves, f)
+    return [*rows, (*columns, tokens), (*columns, oq.cdiv(tokens, oq.BLOCK))]
+
+
 def outputs(kind, y, *, dtype=oq.E4M3, pow2=False, group_sizes=None):
     """What a custom call must give for the float32 values y, in the order of its results, as it lies in memory.
 

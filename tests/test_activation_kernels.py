@@ -30,41 +30,10 @@ KINDS = DENSE + RAGGED
 ACTIVATIONS = ("silu", "gelu")
 
 
-def saturated(seed, shape, dtype):
-    """Pre-activations (..., A, F) whose activation is exact: gates far from zero, or zero."""
-    r = np.random.default_rng(seed)
-    x = (
-        r.integers(4, 8, shape)
-        * 2.0 ** r.integers(3, 9, shape)
-        * r.choice([1, 1, 1, -64, 0], shape)
-    )
-    if shape[-2] == 2:
-        x[..., 1, :] = few_bits(r, x[..., 1, :].shape)
-    return x.astype(dtype)
-
-
-def few_bits(r, shape):
-    """Numbers of four bits and many magnitudes, zeros among them; a row has its own magnitude."""
-    x = r.integers(-15, 16, shape) * 2.0 ** r.integers(-6, 3, shape)
-    return x * 2.0 ** r.integers(-4, 5, (*shape[:-1], 1))
-
-
-def cotangents(seed, shape, dtype):
-    return few_bits(np.random.default_rng(seed + 1000), shape).astype(dtype)
-
-
 def result_types(kind, shape, dtype, groups):
     """(dtype, shape) of the custom call's results, for x of `shape`."""
-    *lead, a, f = shape
-    m, blocks = lead[-1], oq.cdiv
-    halves = (a,) if "grad" in kind else ()
-    rows = [(dtype, (*lead, *halves, f)), ("f32", (*lead, *halves, blocks(f, 128)))]
-    if kind == "rows":
-        return rows
-    tokens = oq.padded_tokens(m, groups) if kind in RAGGED else m
-    batch = lead[:-1]
-    columns = (*batch, *halves, f)
-    return [*rows, (dtype, (*columns, tokens)), ("f32", (*columns, blocks(tokens, 128)))]
+    shapes = oracle.result_shapes(kind, shape, groups)
+    return [(("f32" if i % 2 else dtype), s) for i, s in enumerate(shapes)]
 
 
 def launch(
@@ -142,10 +111,10 @@ def launch(
     return outputs, report, results
 
 
-def operands(kind, shape, seed, source, generate=saturated):
+def operands(kind, shape, seed, source, generate=oracle.saturated):
     """x (G, M, A, F), or (M, A, F) of the kinds without a batch, and dy of a gradient."""
     x = generate(seed, shape, source)
-    dy = cotangents(seed, (*shape[:-2], shape[-1]), source) if "grad" in kind else None
+    dy = oracle.cotangents(seed, (*shape[:-2], shape[-1]), source) if "grad" in kind else None
     return x, dy
 
 

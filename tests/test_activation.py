@@ -1,0 +1,191 @@
+"""mlp and ragged_mlp: results and gradients against float64, and how they compose with JAX."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxfp8
+from jaxfp8 import _ffi
+from tests import oracle, oracle_activation
+from tests import oracle_gradients as og
+from tests.emulated_platform import emulated_platform
+
+# A step of FP8 that a platform's exponential takes otherwise, in a few elements of a thousand.
+FLIPS = 2e-3
+
+
+def weights(k, f, n, gated, groups=()):
+    r = np.random.default_rng(k + f)
+    up = r.standard_normal((*groups, k, *((2,) if gated else ()), f)) / np.sqrt(k)
+    down = r.standard_normal((*groups, f, n)) / np.sqrt(f)
+    return up.astype(np.float32), down.astype(np.float32)
+
+
+def tokens(m, k, n):
+    r = np.random.default_rng(m)
+    return r.standard_normal((m, k)).astype(np.float32), r.standard_normal((m, n)).astype(
+        np.float32
+    )
+
+
+def reference(x, w_up, w_down, dy, activation):
+    """y, dx, dw_up, dw_down in float64, each product of freshly quantized operands."""
+    k, *halves, f = w_up.shape
+    pad = -f % 128
+    flat = np.pad(w_up.reshape(k, -1, f), [(0, 0), (0, 0), (0, pad)])
+    f, down = f + pad, np.pad(w_down, [(0, pad), (0, 0)])
+    up_blocks, down_blocks = og.blocks(flat.reshape(k, -1)), og.blocks(down)
+    h = (og.rows(x) @ up_blocks).astype(np.float32).reshape(len(x), -1, f)
+    a = oracle_activation.activate(h, activation).astype(np.float32)
+    da = (og.rows(dy) @ down_blocks.T).astype(np.float32)
+    dh = oracle_activation.gradient(h, da, activation).astype(np.float32).reshape(len(x), -1)
+    dw_up = (og.columns(x) @ og.columns(dh).T).reshape(k, -1, f)[..., : f - pad]
+    dw_down = (og.columns(a) @ og.columns(dy).T)[: f - pad]
+    return og.rows(a) @ down_blocks, og.rows(dh) @ up_blocks.T, dw_up.reshape(w_up.shape), dw_down
+
+
+def run(f, x, w_up, w_down, dy, **options):
+    @jax.jit
+    def both(x, w_up, w_down, dy):
+        y, pull = jax.vjp(lambda *arrays: f(*arrays, **options), x, w_up, w_down)
+        return y, *pull(dy)
+
+    return [np.asarray(v) for v in both(x, w_up, w_down, dy)]
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_mlp_and_its_gradients_equal_float64(gated, activation):
+    (x, dy), (w_up, w_down) = tokens(130, 96, 72), weights(96, 200, 72, gated)
+    got = run(jaxfp8.mlp, x, w_up, w_down, dy, activation=activation)
+    for a, b in zip(got, reference(x, w_up, w_down, dy, activation), strict=True):
+        oracle.assert_close(a, b, FLIPS)
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_ragged_mlp_is_an_mlp_for_each_group(gated):
+    sizes = [50, 0, 70]
+    (x, dy), (w_up, w_down) = tokens(130, 96, 72), weights(96, 128, 72, gated, (3,))
+
+    def f(x, w_up, w_down):
+        return jaxfp8.ragged_mlp(x, w_up, w_down, jnp.array(sizes), activation="gelu")
+
+    y, dx, dw_up, dw_down = run(f, x, w_up, w_down, dy)
+    start = 0
+    for g, size in enumerate(sizes):
+        part = slice(start, start := start + size)
+        if size == 0:
+            assert not dw_up[g].any() and not dw_down[g].any()
+            continue
+        want = reference(x[part], w_up[g], w_down[g], dy[part], "gelu")
+        for a, b in zip((y[part], dx[part], dw_up[g], dw_down[g]), want, strict=True):
+            oracle.assert_close(a, b, FLIPS)
+    assert not y[start:].any() and not dx[start:].any()
+
+
+def test_vmap_with_shared_weights_is_one_mlp():
+    (x, dy), (w_up, w_down) = tokens(256, 96, 72), weights(96, 128, 72, True)
+
+    def vmapped(x, w_up, w_down):
+        y = jax.vmap(lambda x: jaxfp8.mlp(x, w_up, w_down))(x.reshape(2, 128, 96))
+        return y.reshape(256, 72)
+
+    for a, b in zip(
+        run(vmapped, x, w_up, w_down, dy), run(jaxfp8.mlp, x, w_up, w_down, dy), strict=True
+    ):
+        oracle.assert_close(a, b, 1e-6)
+
+
+def test_scan_and_remat_change_nothing():
+    (x, dy), (w_up, w_down) = tokens(128, 128, 128), weights(128, 128, 128, True)
+
+    def layers(x, w_up, w_down, wrap=lambda f: f):
+        def layer(x, _):
+            return wrap(lambda x: jaxfp8.mlp(x, w_up, w_down))(x), None
+
+        return jax.lax.scan(layer, x, None, length=2)[0]
+
+    want = run(layers, x, w_up, w_down, dy)
+    policy = jaxfp8.checkpoint_policies.save_fp8_residuals()
+    for options in ({}, {"policy": policy}):
+        got = run(layers, x, w_up, w_down, dy, wrap=lambda f, o=options: jax.checkpoint(f, **o))
+        for a, b in zip(got, want, strict=True):
+            oracle.assert_close(a, b, FLIPS)
+
+
+UP, DOWN = np.zeros((96, 2, 128), np.float32), np.zeros((128, 72), np.float32)
+BAD = {
+    "activation": (lambda x: jaxfp8.mlp(x, UP, DOWN, activation="relu"), "activation is 'relu'"),
+    "rank of w_up": (lambda x: jaxfp8.mlp(x, UP[0, 0], DOWN), "w_up has shape"),
+    "halves": (lambda x: jaxfp8.mlp(x, UP[:, :1], DOWN), "w_up has shape"),
+    "K": (lambda x: jaxfp8.mlp(x, UP[:5], DOWN), "w_up has K=5 but x has K=96"),
+    "F": (lambda x: jaxfp8.mlp(x, UP, DOWN[:5]), "w_down has F=5 but w_up has F=128"),
+    "groups": (
+        lambda x: jaxfp8.ragged_mlp(x, np.stack([UP] * 2), DOWN[None], np.array([1, 2])),
+        "w_down has G=1 but w_up has G=2",
+    ),
+    "group sizes": (
+        lambda x: jaxfp8.ragged_mlp(x, UP[None], DOWN[None], np.array([1, 2])),
+        "group_sizes has G=2 but w_up has G=1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_by_name(case):
+    f, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        f(np.zeros((4, 96), np.float32))
+
+
+def calls(f, *args):
+    import re
+
+    text = jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert not re.search(r"stablehlo\.(dot|dot_general|exponential|logistic)\b", text)
+    return sorted(re.findall(r"custom_call @jaxfp8_(\w+)_v1\(", text))
+
+
+needs_kernels = pytest.mark.skipif(
+    not _ffi.images(), reason="this build of jaxfp8 holds no kernels"
+)
+
+
+@needs_kernels
+def test_a_train_step_reads_and_writes_the_activation_once():
+    (x, dy), (w_up, w_down) = tokens(64, 256, 72), weights(256, 128, 72, True)
+
+    def train(x, w_up, w_down, dy):
+        y, pull = jax.vjp(jaxfp8.mlp, x, w_up, w_down)
+        return y, *pull(dy)
+
+    assert calls(jaxfp8.mlp, x, w_up, w_down) == sorted(
+        ["quantize_rows", *["quantize_weight"] * 2, *["gemm_1d2d"] * 2, "activation_rows"]
+    )
+    assert calls(train, x, w_up, w_down, dy) == sorted(
+        [*["quantize_both", "quantize_weight"] * 2, *["gemm_1d2d"] * 4, *["gemm_1d1d"] * 2]
+        + ["activation_both", "activation_grad_both"]
+    )
+
+
+@needs_kernels
+@pytest.mark.emulated
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("groups", [None, [0, 1, 127, 2]], ids=["dense", "ragged"])
+def test_emulated_kernels_train_as_the_portable_lowering(gated, groups):
+    (x, dy) = tokens(131, 48, 40)
+    w_up, w_down = weights(48, 136, 40, gated, (len(groups),) if groups else ())
+    if groups:
+        sizes = jnp.array(groups)
+        f = lambda *arrays: jaxfp8.ragged_mlp(*arrays, sizes)  # noqa: E731
+    else:
+        f = jaxfp8.mlp
+    want = run(f, x, w_up, w_down, dy)
+    results = []
+    with emulated_platform(num_sms=2) as driver:
+        for driver.seed in (0, 1):
+            results.append(run(f, x, w_up, w_down, dy))
+    for a, b, c in zip(results[0], want, results[1], strict=True):
+        np.testing.assert_array_equal(a, c)
+        oracle.assert_close(a, b, FLIPS)

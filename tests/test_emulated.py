@@ -115,6 +115,17 @@ def test_grouped_wgrad_gemm(groups, accum):
     assert_products_agree(cases.grouped_wgrad(groups, accum=accum), seeds=seeds)
 
 
+def test_groups_of_exactly_128_tokens_have_the_right_weight_gradients():
+    """DeepGEMM's grouped weight gradient differed from run to run there (its pull requests 343 and 365)."""
+    run = cases.grouped_wgrad("128 tokens each")
+    assert_products_agree(run)
+
+
+def test_a_masked_groups_last_tile_does_not_overrun_into_the_next_group():
+    """DeepGEMM's did where the capacity is no multiple of the tile (its issue 268)."""
+    assert_products_agree(cases.masked(70, [70, 1, 70], out_dtype=jnp.float32))
+
+
 @pytest.mark.parametrize("kind", ["rows", "blocks", "both", "weight"])
 @pytest.mark.parametrize("shape", cases.QUANTIZE_SHAPES, ids=str)
 def test_quantizers_agree_to_the_bit(kind, shape):

@@ -187,3 +187,45 @@ def train_ragged_dot(groups, k=200, n=136, dtype=np.float32):
         return {"y": y, "dx": dx, "dw": dw}
 
     return lambda: run(*(v.astype(dtype) for v in (x, w, dy)))
+
+
+# --- activations ----------------------------------------------------------------------------------
+
+
+def activation(kind, shape, name="silu", *, input_dtype=jnp.bfloat16, dtype=E4M3, sizes=None):
+    """An activation kernel on operands whose activation is exact: results must agree to the bit (but zeros' signs)."""
+    from jaxfp8.kernels import activation as act
+    from tests import oracle_activation
+
+    source = np.dtype(input_dtype)
+    x = oracle_activation.saturated(sum(shape), shape, source)
+    arrays = [jnp.asarray(x)]
+    if "grad" in kind:
+        dy = oracle_activation.cotangents(sum(shape), (*shape[:-2], shape[-1]), source)
+        arrays.append(jnp.asarray(dy))
+    if sizes is not None:
+        arrays.append(jnp.asarray(sizes, jnp.int32))
+    leaf = getattr(act, f"activation_{kind}_leaf")
+    f = jax.jit(lambda *xs: leaf(*xs, activation=name, dtype=np.dtype(dtype), pow2=False))
+    return lambda: {f"result{i}": v.astype(jnp.float32) for i, v in enumerate(f(*arrays))}
+
+
+def train_mlp(shape, activation="silu", *, gated=True, groups=None, dtype=np.float32):
+    t, k, f, n = shape
+    lead = () if groups is None else (len(groups),)
+    up = normal(1, *lead, k, *((2,) if gated else ()), f) / np.sqrt(k)
+    down, x, dy = normal(2, *lead, f, n) / np.sqrt(f), normal(0, t, k), normal(3, t, n)
+
+    def mlp(x, up, down):
+        if groups is None:
+            return jaxfp8.mlp(x, up, down, activation=activation)
+        sizes = jnp.asarray(groups, jnp.int32)
+        return jaxfp8.ragged_mlp(x, up, down, sizes, activation=activation)
+
+    @jax.jit
+    def run(x, up, down, dy):
+        y, pull = jax.vjp(mlp, x, up, down)
+        dx, dup, ddown = pull(dy)
+        return {"y": y, "dx": dx, "dw_up": dup, "dw_down": ddown}
+
+    return lambda: run(*(v.astype(dtype) for v in (x, up, down, dy)))

@@ -299,3 +299,18 @@ def test_more_blocks_than_a_grid_holds_are_refused():
             [("bf16", shape)],
             result_types("both", shape, "f8e4m3fn", 0),
         )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("source", [BF16, F32], ids=NAMES.get)
+def test_every_byte_moves_once(kind, source):
+    x, dy = operands(kind, shape_for(kind, 1, 144, 2, 48), 10, source)
+    group_sizes = [100] if kind in RAGGED else None
+    report = assert_exact(kind, x, dy, oq.E4M3, group_sizes=group_sizes)
+    types = result_types(kind, x.shape, "f8e4m3fn", len(group_sizes or ()))
+    assert report.bytes_written == sum(
+        int(np.prod(shape)) * (4 if name == "f32" else 1) for name, shape in types
+    )
+    read = x.nbytes + (0 if dy is None else dy.nbytes)
+    # Every CTA of a ragged kernel reads the group sizes, and those in a group once more.
+    assert read <= report.bytes_read <= read + (2 * 4 * 3 if group_sizes else 0)

@@ -270,3 +270,38 @@ def test_grouped_products_in_a_scan_with_sizes_from_the_device():
         jax.random.split(jax.random.key(2), 4)
     )
     assert oracle.error(got, want) < 0.06
+
+
+ACTIVATIONS = {
+    "rows": ((300, 2, 520), None),
+    "both": ((2, 300, 2, 520), None),
+    "both plain": ((2, 129, 1, 257), None),
+    "grad_both": ((2, 300, 2, 520), None),
+    "grad_both plain": ((1, 129, 1, 257), None),
+    "ragged_both": ((300, 2, 200), [0, 1, 127, 128, 44, 0]),
+    "ragged_grad_both": ((400, 2, 200), [0, 127, 128, 129, 1]),
+}
+
+
+@pytest.mark.parametrize("case", ACTIVATIONS)
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_activation_kernels_are_exact_where_the_logistic_is(cpu, case, activation):
+    shape, sizes = ACTIVATIONS[case]
+    for input_dtype in (jnp.bfloat16, np.float16, np.float32):
+        for dtype in (cases.E4M3, cases.E5M2):
+            options = dict(input_dtype=input_dtype, dtype=dtype, sizes=sizes)
+            kind = case.split()[0]
+            assert_bits_agree(
+                cpu, lambda k=kind, o=options: cases.activation(k, shape, activation, **o)
+            )
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("groups", [None, [100, 0, 129, 200]], ids=["dense", "ragged"])
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_mlp_trains(cpu, gated, groups, activation):
+    for dtype in (np.float32, jnp.bfloat16):
+        build = lambda d=dtype: cases.train_mlp(  # noqa: E731
+            (500, 264, 392, 136), activation, gated=gated, groups=groups, dtype=d
+        )
+        assert_products_agree(cpu, build, factor=4)

@@ -451,8 +451,8 @@ class Rewriter:
     def _scan(self, eqn, item, plans, operands):
         params = eqn.params
         jaxpr, plan = params["jaxpr"], plans[("jaxpr", 0)]
-        a = params["num_consts"]
-        b = a + params["num_carry"]
+        a, count = prods.scan_counts(eqn)
+        b = a + count
         consts = operands[:a]
 
         def body(carry, xs):

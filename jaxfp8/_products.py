@@ -219,6 +219,15 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     return (jaxpr.jaxpr, jaxpr.consts) if hasattr(jaxpr, "consts") else (jaxpr, ())
 
 
+def scan_counts(eqn: Any) -> tuple[int, int]:
+    """How many constants and carried values a scan takes, before what it scans over."""
+    params = eqn.params
+    if "num_consts" in params:  # jax < 0.12
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)
+
+
 _DIRECT = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
@@ -357,7 +366,7 @@ class Logits:
         for body in bodies(eqn):
             jaxpr, _ = open_jaxpr(body.jaxpr)
             if name == "scan":
-                carry = eqn.params["num_carry"]
+                _, carry = scan_counts(eqn)
                 inner = [*outs[:carry], *(Axes(a - 1 for a in o if a > 0) for o in outs[carry:])]
             elif len(outs) == len(jaxpr.outvars):
                 inner = list(outs)
@@ -370,7 +379,7 @@ class Logits:
     def _put_ins(eqn, body, ins, put):
         first_x = len(eqn.invars)
         if eqn.primitive.name == "scan":
-            first_x = eqn.params["num_consts"] + eqn.params["num_carry"]
+            first_x = sum(scan_counts(eqn))
         for position, found in zip(body.ins, ins, strict=True):
             stacked = position >= first_x
             put(eqn.invars[position], Axes(a + 1 for a in found) if stacked else found)
@@ -575,7 +584,7 @@ class Planner:
             ins = [operands[i] for i in body.ins]
             inner_axes = out_axes
             if name == "scan":
-                carry = eqn.params["num_carry"]
+                _, carry = scan_counts(eqn)
                 inner_axes = [
                     *out_axes[:carry],
                     *(Axes(a - 1 for a in o if a > 0) for o in out_axes[carry:]),
@@ -583,7 +592,7 @@ class Planner:
             if len(inner_axes) != len(jaxpr.outvars):
                 inner_axes = [NONE] * len(jaxpr.outvars)
             if name == "scan":
-                first, count = eqn.params["num_consts"], eqn.params["num_carry"]
+                first, count = scan_counts(eqn)
                 ins = self._settle(jaxpr, ins, inner_axes, range(first, first + count))
             elif name == "while":
                 first = len(ins) - len(eqn.outvars)

@@ -23,6 +23,9 @@ SMALL = AutocastPolicy(min_m=1, min_n=1, min_k=1)
 ROUNDING = 1e-5
 """Norm-wise, between two programs of the same products whose other operations XLA may fuse in other ways."""
 
+FLIPS = 5e-3
+"""The same where last bits of a deep model's activations and cotangents may flip FP8 roundings."""
+
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation():
@@ -169,7 +172,7 @@ def nnx_transformer(dot_general):
     class Layer(nnx.Module):
         def __init__(self):
             self.attend = nnx.MultiHeadAttention(
-                c.heads, c.width, decode=False, rngs=rngs, **attention
+                c.heads, c.width, decode=False, use_bias=False, rngs=rngs, **attention
             )
             self.up = nnx.Linear(c.width, c.hidden, rngs=rngs, **own)
             self.down = nnx.Linear(c.hidden, c.width, rngs=rngs, **own)
@@ -207,7 +210,7 @@ def test_flax_nnx_transformer():
     assert (products(jaxpr), dots(jaxpr)) == (6 * Config.layers, 1 + 2 * Config.layers)
     got, want = nnx.value_and_grad(cast)(model), nnx.value_and_grad(loss)(by_hand)
     assert_close(got[0], want[0], ROUNDING)
-    assert_close(jax.tree.leaves(got[1]), jax.tree.leaves(want[1]), 1e-3)
+    assert_close(jax.tree.leaves(got[1]), jax.tree.leaves(want[1]), FLIPS)
 
 
 def test_the_variables_of_an_nnx_module_get_their_new_values():
@@ -265,7 +268,13 @@ def test_linen_model_with_remat_and_scan():
         return lambda params: cross_entropy(model.apply(params, TOKENS))
 
     assert_equals_by_hand(
-        loss(model), loss(make(jaxfp8.dot_general)), params, ours=2, left=1, policy=SMALL
+        loss(model),
+        loss(make(jaxfp8.dot_general)),
+        params,
+        ours=2,
+        left=1,
+        policy=SMALL,
+        tolerance=FLIPS,
     )
 
 

@@ -164,10 +164,10 @@ def _leaf_report(path: str, x: Any, q: QuantizedArray) -> LeafReport:
 # --------------------------------------------------------------------------------------------------
 
 
-def _reference_dot(x, w, *, call: Call):
-    """The product in its operands' own type, accumulated in float32."""
+def _reference_dot(x, w, *quantized, call: Call):
+    """The product in its operands' own type, accumulated in float32; of a weight quantized ahead, its value's."""
     letters = {d: chr(ord("a") + i) for i, d in enumerate(call.names)}
-    left, right, out = ("".join(letters[d] for d in dims) for dims in (*call.ins, call.outs[0]))
+    left, right, out = ("".join(letters[d] for d in dims) for dims in (*call.ins[:2], call.outs[0]))
     dtype = jnp.result_type(x, w)
     y = jnp.einsum(
         f"{left},{right}->{out}",
@@ -178,12 +178,12 @@ def _reference_dot(x, w, *, call: Call):
     return [y.astype(call.get("out_dtype"))]
 
 
-def _reference_ragged(x, w, sizes, *, call: Call):
+def _reference_ragged(x, w, sizes, *quantized, call: Call):
     dtype = jnp.result_type(x, w)
     product = functools.partial(lax.ragged_dot, preferred_element_type=jnp.float32)
     # vmap puts its names in front, the last one first.
     for name in reversed([d for d in call.outs[0] if d[0] == "v"]):
-        product = jax.vmap(product, [0 if name in dims else None for dims in call.ins])
+        product = jax.vmap(product, [0 if name in dims else None for dims in call.ins[:3]])
     return [product(x.astype(dtype), w.astype(dtype), sizes).astype(call.get("out_dtype"))]
 
 
@@ -197,7 +197,10 @@ _REFERENCES: dict[Operation, Callable[..., list]] = {
 }
 _REFERENCE_OPERATIONS = {
     operation: Operation(
-        f"{operation.primitive.name}_reference", body, derivative=_differentiated(body)
+        f"{operation.primitive.name}_reference",
+        body,
+        together=operation.together,
+        derivative=_differentiated(body),
     )
     for operation, body in _REFERENCES.items()
 }
@@ -305,6 +308,7 @@ def _probed(operation: Operation) -> Operation:
     return Operation(
         f"{operation.primitive.name}_probed",
         lambda *arrays, call: both(call, *arrays),
+        together=operation.together,
         derivative=lambda call, *arrays: probed(call, *arrays),
     )
 

@@ -124,7 +124,7 @@ def test_the_layer_that_suffers_is_found():
 
 
 @pytest.mark.slow
-def test_comparison_through_scan_remat_vmap_and_experts():
+def test_comparison_through_scan_remat_vmap_weights_quantized_ahead_and_experts():
     stack = f32(0, 3, 128, 128) / 11
     experts = f32(1, 4, 128, 72) / 11
     sizes = jnp.array([20, 0, 47, 5])
@@ -135,11 +135,12 @@ def test_comparison_through_scan_remat_vmap_and_experts():
             return jax.vmap(lambda row: jnp.tanh(jaxfp8.linear(row, w)))(h), None
 
         h, _ = jax.lax.scan(layer, x, params["stack"])
+        h = jnp.tanh(jaxfp8.linear(h, jaxfp8.prequantize(params["ahead"])))
         return jnp.mean(jaxfp8.ragged_dot(h, params["experts"], sizes) ** 2)
 
-    params = {"stack": stack, "experts": experts}
+    params = {"ahead": f32(2, 128, 128) / 11, "stack": stack, "experts": experts}
     found = jaxfp8.validate.compare(loss, params, f32(9, 72, 128))
-    assert [p.shape for p in found.products] == [(72, 128, 128), (72, 128, 72)]
+    assert [p.shape for p in found.products] == [(72, 128, 128)] * 2 + [(72, 128, 72)]
     assert all(SEPARATE[0] < p.forward < SEPARATE[1] for p in found.products)
     assert all(g.error < 0.25 for g in found.gradients)
 

@@ -152,3 +152,13 @@ def test_a_comparison_leaves_no_trace_and_needs_a_product():
     with pytest.raises(ValueError, match="no FP8 product"):
         jaxfp8.validate.compare(lambda p, x: jnp.sum(x @ p["first"]), params, x)
     assert f(params, x) == before == jax.jit(lambda p, x: model(p, x))(params, x)
+
+
+def test_an_operation_without_a_reference_is_not_compared_with_itself():
+    x, up, down = f32(0, 24, 128), f32(1, 128, 256), f32(2, 256, 128)
+
+    def loss(params, x):
+        return jnp.sum(jaxfp8.mlp(jaxfp8.linear(x, params), up, down) ** 2)
+
+    with pytest.raises(NotImplementedError, match="loss_fn calls mlp; implemented: linear"):
+        jaxfp8.validate.compare(loss, f32(3, 128, 128), x)

@@ -171,6 +171,7 @@ def test_a_train_step_reads_and_writes_the_activation_once():
 
 @needs_kernels
 @pytest.mark.emulated
+@pytest.mark.slow
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("groups", [None, [0, 1, 127, 2]], ids=["dense", "ragged"])
 def test_emulated_kernels_train_as_the_portable_lowering(gated, groups):

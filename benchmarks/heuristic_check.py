@@ -1,9 +1,9 @@
 """The heuristic's configuration against the best of all of them, over 200 training shapes.
 
-    python benchmarks/heuristic_check.py OUT.json [--shapes N]
+    python benchmarks/heuristic_check.py OUT.json [--shapes N] [--table TUNED.json]
 
 Forward and input-gradient products, weight gradients and ragged products of the layers of eight models at four sizes of
-batch. Prints how often the pick is within 5 % of the best; the JSON has every time. Between launches 0.5 GB are
+batch; `--table` adds the best to a table of configurations (docs: jaxfp8.load_tuned). Prints how often the pick is within 5 % of the best; the JSON has every time. Between launches 0.5 GB are
 written, which evicts L2.
 """
 
@@ -62,7 +62,8 @@ def problems(count):
                     Problem("grouped", sum(sizes), k, n, groups, sizes),
                     Problem("grouped_wgrad", k, n, tokens, groups, sizes, out="float32"),
                 ]
-    small = [p for p in dense + ragged if p.flops() < 3e12]
+    distinct = {(p.kind, p.m, p.n, p.k, p.groups): p for p in dense + ragged}
+    small = [p for p in distinct.values() if p.flops() < 3e12]
     return random.Random(0).sample(small, min(count, len(small)))
 
 
@@ -94,10 +95,36 @@ def measure(driver, timer, problem):
     }
 
 
+TABLE_KINDS = {
+    "1d2d": "gemm_1d2d",
+    "1d1d": "gemm_1d1d",
+    "grouped": "grouped_gemm",
+    "grouped_wgrad": "grouped_wgrad_gemm",
+}
+
+
+def add_to_table(path, device, rows):
+    """Entries of every row where another configuration is at least 1 % faster than the heuristic's."""
+    from jaxfp8 import _tune
+
+    table = _tune._read(path)
+    products = table.setdefault(device, {})
+    for row in rows:
+        if row["ratio"] > 1.01:
+            product = _tune.Product(
+                TABLE_KINDS[row["kind"]],
+                *(row[f] for f in ("m", "n", "k", "groups")),
+                out_dtype="float32" if row["kind"] in ("1d1d", "grouped_wgrad") else "bfloat16",
+            )
+            products[product] = row["best"], row["microseconds"][row["best"]]
+    _tune._write(path, table)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=pathlib.Path)
     parser.add_argument("--shapes", type=int, default=200)
+    parser.add_argument("--table", type=pathlib.Path)
     arguments = parser.parse_args()
     import torch
 
@@ -120,6 +147,8 @@ def main():
     within = sum(r <= 1.05 for r in ratios) / len(ratios)
     result |= {"after": describe_device(), "within_5_percent": within}
     arguments.out.write_text(json.dumps(result) + "\n")
+    if arguments.table:
+        add_to_table(arguments.table, torch.cuda.get_device_name(0), result["rows"])
     print(
         f"{len(ratios)} shapes: the pick is within 5 % of the best on {100 * within:.1f} %, "
         f"within 2 % on {100 * sum(r <= 1.02 for r in ratios) / len(ratios):.1f} %; worst {ratios[-1]:.3f}"

@@ -283,7 +283,7 @@ def layers(arguments, peers):
                 result |= getattr(module, name)()
         return result
 
-    return layer_bench.measure(found("linears"), found("ragged_dots"))
+    return layer_bench.measure(found("linears"), found("ragged_dots"), arguments.layers)
 
 
 def steps(arguments, peers):
@@ -303,6 +303,7 @@ def run_section(name, arguments):
     command += ["--flush", str(arguments.flush), "--repeats", str(arguments.repeats)]
     command += [f"--peer={p}" for p in arguments.peer]
     command += [f"--family={arguments.family}"] if arguments.family else []
+    command += [f"--layers={arguments.layers}"]
     command += [f"--traces={arguments.traces}"] if arguments.traces else []
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     before = machine_state()
@@ -470,6 +471,7 @@ def main():
     parser.add_argument("--sections", default=",".join(SECTIONS))
     parser.add_argument("--peer", action="append", default=[], help="a plug-in file")
     parser.add_argument("--family", help="kernels: only these families")
+    parser.add_argument("--layers", default="", help="layers: only cases whose name contains this")
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument(
         "--flush", type=float, default=8.0, help="gigabytes written between launches"

@@ -68,21 +68,23 @@ def swiglu(gate_up):
     return jax.nn.silu(gate) * up
 
 
-# A case: floating-point operations forward, arguments, and f(product) for a side's product.
+# A case: floating-point operations forward, arguments, f(product) for a side's product, and the operation that fuses
+# it all, or None.
 
 
 def linear_case(tokens, k, n):
-    return 2 * tokens * k * n, (normal(0, tokens, k), normal(1, k, n)), lambda dot: dot
+    return 2 * tokens * k * n, (normal(0, tokens, k), normal(1, k, n)), lambda dot: dot, None
 
 
 def mlp_case(tokens, width, hidden):
     """SwiGLU: x . (gate, up), then down."""
-    args = normal(0, tokens, width), normal(1, width, 2 * hidden), normal(2, hidden, width)
+    up = normal(1, width, 2, hidden) / width**0.5
+    args = normal(0, tokens, width), up, normal(2, hidden, width)
 
     def build(dot):
-        return lambda x, gate_up, down: dot(swiglu(dot(x, gate_up / width**0.5)), down)
+        return lambda x, up, down: dot(swiglu(dot(x, up.reshape(width, -1))), down)
 
-    return 6 * tokens * width * hidden, args, build
+    return 6 * tokens * width * hidden, args, build, jaxfp8.mlp
 
 
 def group_sizes(rows, experts):
@@ -97,7 +99,7 @@ def ragged_case(rows, experts, k, n):
     def build(ragged_dot):
         return lambda x, w: ragged_dot(x, w, sizes)
 
-    return 2 * rows * k * n, (normal(0, rows, k), normal(1, experts, k, n)), build
+    return 2 * rows * k * n, (normal(0, rows, k), normal(1, experts, k, n)), build, None
 
 
 def moe_case(rows, experts, width, hidden):
@@ -105,17 +107,21 @@ def moe_case(rows, experts, width, hidden):
     sizes = group_sizes(rows, experts)
     args = (
         normal(0, rows, width),
-        normal(1, experts, width, 2 * hidden) / width**0.5,
+        normal(1, experts, width, 2, hidden) / width**0.5,
         normal(2, experts, hidden, width),
     )
 
     def build(ragged_dot):
-        def f(x, gate_up, down):
-            return ragged_dot(swiglu(ragged_dot(x, gate_up, sizes)), down, sizes)
+        def f(x, up, down):
+            up = up.reshape(experts, width, -1)
+            return ragged_dot(swiglu(ragged_dot(x, up, sizes)), down, sizes)
 
         return f
 
-    return 6 * rows * width * hidden, args, build
+    def fused(x, up, down):
+        return jaxfp8.ragged_mlp(x, up, down, sizes)
+
+    return 6 * rows * width * hidden, args, build, fused
 
 
 DENSE = {
@@ -146,8 +152,10 @@ def measure(linears=None, ragged_dots=None, only=""):
     for name, make in (DENSE | RAGGED).items():
         if only not in name:
             continue
-        flops, args, build = make()
+        flops, args, build, fused = make()
         sides = {side: build(f) for side, f in (dense if name in DENSE else ragged).items()}
+        if fused is not None:
+            sides = {"fp8": fused, "fp8 not fused": sides.pop("fp8")} | sides
         for mode, prepare, products in (("forward", forward, 1), ("train", train, 3)):
             runs = {}
             for side, f in sides.items():

@@ -239,6 +239,7 @@ def kernels(arguments, peers):
             print_kernel(row)
             del tensors, calls, launch
             torch.cuda.empty_cache()
+        arguments.json.write_text(json.dumps(rows))
     return rows
 
 
@@ -283,7 +284,10 @@ def layers(arguments, peers):
                 result |= getattr(module, name)()
         return result
 
-    return layer_bench.measure(found("linears"), found("ragged_dots"), arguments.layers)
+    def keep(rows):
+        arguments.json.write_text(json.dumps(rows))
+
+    return layer_bench.measure(found("linears"), found("ragged_dots"), arguments.layers, keep)
 
 
 def steps(arguments, peers):
@@ -307,12 +311,15 @@ def run_section(name, arguments):
     command += [f"--traces={arguments.traces}"] if arguments.traces else []
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     before = machine_state()
-    code = subprocess.run(command, env=environment).returncode
+    try:
+        code = subprocess.run(command, env=environment, timeout=arguments.limit).returncode
+    except subprocess.TimeoutExpired:
+        code = "timeout"  # what it had measured by then counts
     result = {"before": before, "after": machine_state(), "exit": code}
     if path.exists():
         result["results"] = json.loads(path.read_text())
-    else:
-        print(f"{name} FAILED with {code}", flush=True)
+    if code:
+        print(f"{name} ended with {code}", flush=True)
     return result
 
 
@@ -471,6 +478,7 @@ def main():
     parser.add_argument("--sections", default=",".join(SECTIONS))
     parser.add_argument("--peer", action="append", default=[], help="a plug-in file")
     parser.add_argument("--family", help="kernels: only these families")
+    parser.add_argument("--limit", type=float, help="seconds a section may take")
     parser.add_argument("--layers", default="", help="layers: only cases whose name contains this")
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument(

@@ -3,7 +3,7 @@
 # correct-DEVICE-DATE.json. Logs and results go to the folder given. At most 9 minutes.
 #
 #   tests/gpu_check.sh OUT [STEP...]     steps: build errors tests scale concurrency memcheck initcheck
-#                                        synccheck racecheck train train_moe step; all of them by default
+#                                        synccheck racecheck mlp_memcheck mlp_synccheck mlp_racecheck train train_moe step; all by default
 #
 # Steps are independent: one that fails is reported, the others still run. All but the profile of a step run side by
 # side, which is itself a check: eight processes on one GPU, with about 60 GB of its memory.
@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 mkdir -p "${1:?usage: tests/gpu_check.sh OUT [STEP...]}"
 out=$(realpath "$1")
 shift
-wanted=" ${*:-build errors tests scale concurrency memcheck initcheck synccheck racecheck train train_moe step} "
+wanted=" ${*:-build errors tests scale concurrency memcheck initcheck synccheck racecheck mlp_memcheck mlp_synccheck mlp_racecheck train train_moe step} "
 export PYTHONUNBUFFERED=1 XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONPATH=$PWD TF_CPP_MIN_LOG_LEVEL=2
 
 step() { # name, seconds allowed, command...
@@ -27,17 +27,17 @@ step() { # name, seconds allowed, command...
 # Not from the network: what the build needs must be installed.
 step build 240 python3 -m pip install -q --no-build-isolation --no-deps --no-index -e .
 
-sanitizer() { # tool, seconds allowed, options...
-  local tool=$1 limit=$2
+sanitizer() { # [mlp_]tool, seconds allowed, options...
+  local name=$1 tool=${1#mlp_} limit=$2
   shift 2
-  step "$tool" "$limit" compute-sanitizer --tool "$tool" --error-exitcode 9 "$@"
+  step "$name" "$limit" compute-sanitizer --tool "$tool" --error-exitcode 9 "$@"
 }
 # Names of the option that limits the tool to our kernels differ between versions.
 only=()
 if [[ $wanted == *check* ]] && compute-sanitizer --help 2>&1 | grep -q -- --kernel-name; then
-  only=(--kernel-name kns=gemm_ --kernel-name kns=quantize_)
+  only=(--kernel-name kns=gemm_ --kernel-name kns=quantize_ --kernel-name kns=activation_)
 elif [[ $wanted == *check* ]] && compute-sanitizer --help 2>&1 | grep -q -- --kernel-regex; then
-  only=(--kernel-regex kns=gemm_ --kernel-regex kns=quantize_)
+  only=(--kernel-regex kns=gemm_ --kernel-regex kns=quantize_ --kernel-regex kns=activation_)
 fi
 few=(python3 tests/gpu_sanitize.py --few)
 
@@ -55,6 +55,9 @@ step concurrency 330 python3 -m pytest -m gpu tests/test_gpu_concurrency.py --tb
 sanitizer memcheck 200 "${only[@]}" python3 tests/gpu_sanitize.py &
 sanitizer synccheck 200 "${only[@]}" python3 tests/gpu_sanitize.py &
 sanitizer racecheck 280 "${only[@]}" "${few[@]}" &
+for tool in memcheck synccheck racecheck; do
+  sanitizer "mlp_$tool" 200 "${only[@]}" python3 tests/gpu_sanitize.py --operations &
+done
 sanitizer initcheck 280 "${few[@]}" & # every kernel: others write what ours read
 wait
 

@@ -1,8 +1,9 @@
 """Launches every kernel family and GEMM configuration once, on small awkward shapes, and checks the results.
 
-    compute-sanitizer --tool racecheck python tests/gpu_sanitize.py [--few]
+    compute-sanitizer --tool racecheck python tests/gpu_sanitize.py [--few | --operations]
 
 For compute-sanitizer on a Hopper GPU: kernels go straight to the driver, so that little else is instrumented.
+`--operations` runs the MLPs through JAX instead, whose activation kernels have no other way in.
 """
 
 import argparse
@@ -77,10 +78,32 @@ def check_quantizers(few):
     return count
 
 
+def check_operations():
+    import jax
+
+    from tests import kernel_cases as cases
+
+    runs = [cases.train_mlp(130, 136, 200), cases.train_mlp(70, 129, 65, "gelu", gate=False)]
+    runs += [
+        cases.train_ragged_mlp("unequal"),
+        cases.train_ragged_mlp("negative", activation="gelu"),
+    ]
+    for run in runs:
+        assert all(
+            np.isfinite(np.asarray(v, np.float32)).all() for v in jax.device_get(run()).values()
+        )
+    print(f"{len(runs)} products, 0 wrong; forward and backward passes of MLPs, finite")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--few", action="store_true", help="for slow tools: one case a family")
-    few = parser.parse_args().few
+    parser.add_argument("--operations", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.operations:
+        check_operations()
+        return
+    few = arguments.few
     quantized = check_quantizers(few)
     products, bad = check_products(few)
     print(f"{products} products, {bad} wrong; {quantized} quantizations, equal to the bit")

@@ -15,11 +15,13 @@ shift
 wanted=" ${*:-build errors tests scale concurrency memcheck initcheck synccheck racecheck mlp_memcheck mlp_synccheck mlp_racecheck train train_moe step} "
 export PYTHONUNBUFFERED=1 XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONPATH=$PWD TF_CPP_MIN_LOG_LEVEL=2
 
+trap 'kill 0' TERM INT # a script that is stopped leaves nothing running
+
 step() { # name, seconds allowed, command...
   local name=$1 limit=$2 start=$SECONDS code
   shift 2
   [[ $wanted == *" $name "* ]] || return 0
-  timeout -k 5 "$limit" "$@" >"$out/$name.log" 2>&1
+  timeout --foreground -k 5 "$limit" "$@" >"$out/$name.log" 2>&1
   code=$?
   echo "$name $code $((SECONDS - start))" >"$out/$name.status"
 }

@@ -83,10 +83,12 @@ def check_operations():
 
     from tests import kernel_cases as cases
 
-    runs = [cases.train_mlp(130, 136, 200), cases.train_mlp(70, 129, 65, "gelu", gate=False)]
-    runs += [
-        cases.train_ragged_mlp("unequal"),
-        cases.train_ragged_mlp("negative", activation="gelu"),
+    bf16 = {"dtype": jax.numpy.bfloat16}
+    runs = [
+        cases.train_mlp((130, 136, 200, 136), **bf16),
+        cases.train_mlp((70, 129, 65, 129), "gelu", gated=False, **bf16),
+        cases.train_mlp((300, 136, 200, 136), groups=[0, 1, 127, 128, 44, 0], **bf16),
+        cases.train_mlp((100, 136, 200, 136), "gelu", groups=[-7, 60, -1, 20], **bf16),
     ]
     for run in runs:
         assert all(

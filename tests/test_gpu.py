@@ -175,17 +175,24 @@ MLP = 1e-2
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
 @pytest.mark.parametrize("gate", [True, False], ids=["gate", "plain"])
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16], ids=["f32", "bf16"])
-def test_mlp_trains(cpu, activation, gate, dtype):
-    for shape in [(130, 136, 200), (1024, 512, 768), (100, 257, 130)]:
-        got, want = on_both(cpu, lambda s=shape: cases.train_mlp(*s, activation, gate, dtype))
+def test_mlp_of_any_shape_trains(cpu, activation, gate, dtype):
+    for t, k, f in [(130, 136, 200), (1024, 512, 768), (100, 257, 130)]:
+        got, want = on_both(
+            cpu,
+            lambda s=(t, k, f, k): cases.train_mlp(s, activation, gated=gate, dtype=dtype),
+        )
         for name, v in want.items():
             assert got[name].dtype == v.dtype
             assert oracle.error(got[name], v) < MLP, name
 
 
 @pytest.mark.parametrize("groups", cases.GROUPS)
-def test_ragged_mlp_trains(cpu, groups):
-    got, want = on_both(cpu, lambda: cases.train_ragged_mlp(groups))
+def test_ragged_mlp_of_any_groups_trains(cpu, groups):
+    rows, sizes = cases.GROUPS[groups]
+    got, want = on_both(
+        cpu,
+        lambda: cases.train_mlp((rows, 136, 200, 136), groups=sizes, dtype=jnp.bfloat16),
+    )
     for name, v in want.items():
         assert oracle.error(got[name], v) < MLP, name
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ def fp8_dtype(argument: str, dtype: Any) -> np.dtype:
 def scale_format_name(argument: str, scale_format: Any) -> ScaleFormat:
     if not isinstance(scale_format, str) or scale_format not in SCALE_FORMATS:
         raise ValueError(f"{argument} is {scale_format!r}; allowed: 'float32', 'pow2'")
-    return scale_format
+    return cast(ScaleFormat, scale_format)
 
 
 @dataclasses.dataclass(frozen=True)

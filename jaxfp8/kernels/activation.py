@@ -317,7 +317,8 @@ def _compute(arrays, ins, activation):
     x = x if is_gated else jnp.expand_dims(x, -2)
     if not dy:
         return activate(x, activation)
-    dx = activate_grad(x, *dy, activation)
+    (dy,) = dy
+    dx = activate_grad(x, dy, activation)
     return dx if is_gated else jnp.squeeze(dx, -2)
 
 

@@ -3,7 +3,8 @@
 # correct-DEVICE-DATE.json. Logs and results go to the folder given. At most 9 minutes.
 #
 #   tests/gpu_check.sh OUT [STEP...]     steps: build errors tests scale concurrency memcheck initcheck
-#                                        synccheck racecheck mlp_memcheck mlp_synccheck mlp_racecheck train train_moe step; all by default
+#                                        synccheck racecheck mlp_memcheck mlp_synccheck mlp_racecheck
+#                                        train train_moe step; all of them by default
 #
 # Steps are independent: one that fails is reported, the others still run. All but the profile of a step run side by
 # side, which is itself a check: eight processes on one GPU, with about 60 GB of its memory.
@@ -15,7 +16,7 @@ shift
 wanted=" ${*:-build errors tests scale concurrency memcheck initcheck synccheck racecheck mlp_memcheck mlp_synccheck mlp_racecheck train train_moe step} "
 export PYTHONUNBUFFERED=1 XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONPATH=$PWD TF_CPP_MIN_LOG_LEVEL=2
 
-trap 'kill 0' TERM INT # a script that is stopped leaves nothing running
+trap 'trap - TERM INT; kill 0' TERM INT # a script that is stopped leaves nothing running
 
 step() { # name, seconds allowed, command...
   local name=$1 limit=$2 start=$SECONDS code
@@ -58,7 +59,8 @@ sanitizer memcheck 200 "${only[@]}" python3 tests/gpu_sanitize.py &
 sanitizer synccheck 200 "${only[@]}" python3 tests/gpu_sanitize.py &
 sanitizer racecheck 280 "${only[@]}" "${few[@]}" &
 for tool in memcheck synccheck racecheck; do
-  sanitizer "mlp_$tool" 200 "${only[@]}" python3 tests/gpu_sanitize.py --operations &
+  # Autotuning would time other kernels under the tool, and ended XLA's compiler there.
+  XLA_FLAGS=--xla_gpu_autotune_level=0 sanitizer "mlp_$tool" 200 "${only[@]}" python3 tests/gpu_sanitize.py --operations &
 done
 sanitizer initcheck 280 "${few[@]}" & # every kernel: others write what ours read
 wait

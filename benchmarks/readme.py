@@ -119,6 +119,9 @@ def speed(result):
         f"{ceiling.get('copy_gb_per_s', 0):.0f} GB/s (copy)."
     )
     lines += ["", *products(result), ""]
+    plot = f"benchmarks/results/roofline-{result['device'].replace(' ', '-')}-{result['date']}.png"
+    if (ROOT / plot).exists():
+        lines += [f"![Every product under the measured ceilings]({plot})", ""]
     if rows_of(result, "quantizers"):
         lines += wrap(f"Quantizers, of a device copy's bandwidth: {quantizers(result)}.") + [""]
     if rows_of(result, "layers"):

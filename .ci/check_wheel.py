@@ -15,12 +15,12 @@ from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 
 LICENCES = {"LICENSE", "licenses/nanobind.txt", "licenses/robin-map.txt"}
-SUFFIXES = {".py", ".pyi", ".typed", ".so", ".cubin", ".ptx", ".txt"}
+SUFFIXES = {".py", ".pyi", ".typed", ".so", ".cubin", ".ptx", ".txt", ".json"}
 
 
 def check_wheel(path: str) -> None:
     wheel = zipfile.ZipFile(path)
-    names = wheel.namelist()
+    names = [n for n in wheel.namelist() if not n.endswith("/")]
     (info,) = {n.split("/")[0] for n in names if ".dist-info/" in n}
 
     strangers = [n for n in names if n.split("/")[0] not in ("jaxfp8", info)]

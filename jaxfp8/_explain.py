@@ -361,7 +361,7 @@ class _Walk:
             return -1
         avals = [v.aval for v in eqn.invars]
         product = product_of_call(name, avals, eqn.params["out_dtype"], eqn.params["num_sms"])
-        return config_index(product, named)
+        return config_index(product, name, named)
 
     def plain(self, eqn, item, scope, repeats):
         product = item.product if item else None

@@ -101,9 +101,11 @@ class Product:
         return config_names(self.kind)
 
 
-def product_of_call(kind: str, operands, out_dtype, num_sms: int) -> Product:
-    """The Product of a custom call's operands, FP8 data being operands 0 and 2."""
+def product_of_call(kind: str, operands, out_dtype, num_sms: int) -> Product | None:
+    """The Product of a custom call's operands, FP8 data being operands 0 and 2; None for symbolic shapes."""
     lhs, _, rhs = operands[:3]
+    if not all(isinstance(d, int) for d in (*lhs.shape, *rhs.shape)):
+        return None  # of jax.export: sizes are known when the program runs, and the heuristic sees them
     batched = kind in ("gemm_1d2d", "gemm_1d1d")
     return Product(
         kind,
@@ -247,8 +249,10 @@ def _lowering_device_kind() -> str | None:
 _recorders: list[set[Product]] = []
 
 
-def config_index(product: Product, config: str | None) -> int:
+def config_index(product: Product | None, kind: str, config: str | None) -> int:
     """The custom call's `config` attribute: of the given name, else of the tables, else -1 (the heuristic)."""
+    if product is None:
+        return -1 if config is None else config_names(kind).index(config)
     for recorder in _recorders:
         recorder.add(product)
     if config is None:

@@ -214,7 +214,8 @@ def partitioned_text(lowered):
 
 def compile_opaque(f, *arguments, mesh=None, out_shardings=None):
     """The program for `(shape, sharding)` or `(shape, sharding, dtype)` arguments, with opaque kernels."""
-    return lower_opaque(f, *arguments, mesh=mesh, out_shardings=out_shardings).compile()
+    with opaque_kernels():  # the partitioner lowers a shard's kernels when the program is compiled
+        return lower_opaque(f, *arguments, mesh=mesh, out_shardings=out_shardings).compile()
 
 
 def lower_opaque(f, *arguments, mesh=None, out_shardings=None):

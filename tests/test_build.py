@@ -16,7 +16,7 @@ import pytest
 
 from jaxfp8 import _C, _ffi
 from tests import emulator
-from tests.test_ffi_errors import ALLOWED, TARGETS, CustomCall
+from tests.test_ffi_errors import ALLOWED, SIZES, TARGETS, CustomCall
 
 ROOT = Path(__file__).parent.parent
 KERNELS = sorted((ROOT / "csrc" / "kernels").glob("*.cu"))
@@ -172,8 +172,12 @@ def test_gemm_loops_multiply_in_the_fp8_tensor_cores_and_never_spill(image):
 
 
 def plans(target):
-    """The plan of a call for every combination of types and every configuration."""
-    call = CustomCall(target)
+    """The plan of a call for every combination of types, every configuration, and with and without a gate."""
+    for gate in (1, 2) if "activation" in target else (2,):
+        yield from plans_of(CustomCall(target, sizes={**SIZES, "A": gate}))
+
+
+def plans_of(call):
     spec = {a: t for a, (t, _) in call.spec.items() if a != "accum"}
     configs = range(-1, len(_C.configs(call.target)))
     free = [a for a, types in spec.items() if len(ALLOWED[types]) > 1]

@@ -34,7 +34,7 @@ M_MAJOR = {"lhs_scale", "row_scale", "column_scale"}
 class CustomCall:
     """A valid call of a target, of which a test changes one thing."""
 
-    def __init__(self, target):
+    def __init__(self, target, sizes=SIZES):
         name, _, accum = target.partition("+")
         operands, results = CONTRACT[name]
         self.spec = {**operands, **results}
@@ -47,7 +47,7 @@ class CustomCall:
         default = {FP8: "f8e4m3fn", FLOAT: "bf16", F32: "f32", S32: "s32", OUT: "f32"}
         self.dtypes = {array: default[types] for array, (types, _) in self.spec.items()}
         self.shapes = {
-            array: tuple(SIZES[axis] for axis in axes.split())
+            array: tuple(sizes[axis] for axis in axes.split())
             for array, (_, axes) in self.spec.items()
         }
         if "gemm" in name:

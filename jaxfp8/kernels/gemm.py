@@ -88,7 +88,7 @@ def product_call(name, reference, scale_operands):
             input_layouts=layouts,
             input_output_aliases={len(padded) - 1: 0} if accum else {},
         )
-        index = config_index(product_of_call(name, operands, out_dtype, num_sms), config)
+        index = config_index(product_of_call(name, operands, out_dtype, num_sms), name, config)
         return call(*padded, config=np.int32(index), num_sms=np.int32(num_sms))
 
     return custom_call

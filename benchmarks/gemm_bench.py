@@ -160,7 +160,7 @@ class Driver:
             (u32 * rank)(*[1] * rank),
             0,
             spec["swizzle"],
-            2,  # L2 promotion 128 bytes
+            3,  # L2 promotion of 256 bytes, as csrc/driver/driver.cc
             0,
         )
         return raw, address

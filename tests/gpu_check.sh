@@ -3,7 +3,7 @@
 # correct-DEVICE-DATE.json. Logs and results go to the folder given. At most 9 minutes.
 #
 #   tests/gpu_check.sh OUT [STEP...]     steps: build errors tests scale concurrency memcheck initcheck
-#                                        synccheck racecheck mlp_memcheck mlp_synccheck mlp_racecheck
+#                                        synccheck racecheck mlp_memcheck mlp_synccheck
 #                                        train train_moe step; all of them by default
 #
 # Steps are independent: one that fails is reported, the others still run. All but the profile of a step run side by
@@ -13,7 +13,7 @@ cd "$(dirname "$0")/.."
 mkdir -p "${1:?usage: tests/gpu_check.sh OUT [STEP...]}"
 out=$(realpath "$1")
 shift
-wanted=" ${*:-build errors tests scale concurrency memcheck initcheck synccheck racecheck mlp_memcheck mlp_synccheck mlp_racecheck train train_moe step} "
+wanted=" ${*:-build errors tests scale concurrency memcheck initcheck synccheck racecheck mlp_memcheck mlp_synccheck train train_moe step} "
 export PYTHONUNBUFFERED=1 XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONPATH=$PWD TF_CPP_MIN_LOG_LEVEL=2
 
 trap 'trap - TERM INT; kill 0' TERM INT # a script that is stopped leaves nothing running
@@ -58,7 +58,7 @@ step concurrency 330 python3 -m pytest -m gpu tests/test_gpu_concurrency.py --tb
 sanitizer memcheck 200 "${only[@]}" python3 tests/gpu_sanitize.py &
 sanitizer synccheck 200 "${only[@]}" python3 tests/gpu_sanitize.py &
 sanitizer racecheck 280 "${only[@]}" "${few[@]}" &
-for tool in memcheck synccheck racecheck; do
+for tool in memcheck synccheck; do # XLA's compiler crashes under racecheck
   # Autotuning would time other kernels under the tool, and ended XLA's compiler there.
   XLA_FLAGS=--xla_gpu_autotune_level=0 sanitizer "mlp_$tool" 200 "${only[@]}" python3 tests/gpu_sanitize.py --operations &
 done

@@ -3,7 +3,7 @@
     compute-sanitizer --tool racecheck python tests/gpu_sanitize.py [--few | --operations]
 
 For compute-sanitizer on a Hopper GPU: kernels go straight to the driver, so that little else is instrumented.
-`--operations` runs the MLPs through JAX instead, whose activation kernels have no other way in.
+`--operations` runs MLPs through JAX instead.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import tempfile
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import activation_gpu as activations  # noqa: E402
 import cupy  # noqa: E402
 import gemm_bench as gemm  # noqa: E402
 import numpy as np  # noqa: E402
@@ -107,8 +108,11 @@ def main():
         return
     few = arguments.few
     quantized = check_quantizers(few)
+    activated = activations.check_all(quantizers.load(jaxfp8._ffi.image_directory()), few)
     products, bad = check_products(few)
-    print(f"{products} products, {bad} wrong; {quantized} quantizations, equal to the bit")
+    print(
+        f"{products} products, {bad} wrong; {quantized} quantizations and {activated} activations, equal to the bit"
+    )
     sys.exit(bad != 0)
 
 

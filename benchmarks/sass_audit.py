@@ -359,14 +359,16 @@ ENCODING = re.compile(r"/\* 0x([0-9a-f]{16}) \*/")
 LIVE = re.compile(r"//\s*\|\s*(\d*)\s*\|")
 
 
-def disassemble(nvdisasm: str, path: Path) -> dict[str, list[Instruction]]:
+def disassemble(nvdisasm: str, path: Path, liveness: bool = True) -> dict[str, list[Instruction]]:
     """Instructions of each function of a cubin, in address order."""
     command = [nvdisasm, "-c", "-hex", str(path)]
-    try:
-        listing = run_tool([*command[:3], "-lrm", "count", command[3]])
-    except (
-        AuditError
-    ):  # the liveness columns are a luxury that nvdisasm cannot compute for all code
+    listing = None
+    if liveness:
+        try:
+            listing = run_tool([*command[:3], "-lrm", "count", command[3]])
+        except AuditError:  # a luxury that nvdisasm cannot compute for all code
+            pass
+    if listing is None:
         listing = run_tool(command)
 
     functions: dict[str, list[Instruction]] = {}
@@ -809,8 +811,12 @@ def audit_file(
     pattern: str | None = None,
     tools_dir: str | None = None,
     warpgroups: int | None = None,
+    liveness: bool = True,
 ) -> list[KernelReport]:
-    """Reports of the kernels of a file whose mangled or readable name matches the pattern."""
+    """Reports of the kernels of a file whose mangled or readable name matches the pattern.
+
+    Without liveness, which takes most of the time, no figure counts live registers.
+    """
     if not path.is_file():
         raise AuditError(f"{path}: no such file")
     nvdisasm = find_tool("nvdisasm", tools_dir)
@@ -820,7 +826,7 @@ def audit_file(
         cubins = [path] if is_cubin(path) else extract_cubins(path, workdir, tools_dir)
         for cubin in cubins:
             resources = read_resources(cubin)
-            for mangled, code in disassemble(nvdisasm, cubin).items():
+            for mangled, code in disassemble(nvdisasm, cubin, liveness).items():
                 names.append(readable(mangled))
                 if (
                     pattern

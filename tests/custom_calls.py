@@ -1,7 +1,9 @@
 """Random valid calls of every custom-call target, with the results that they must give.
 
 For what calls the handlers without JAX: the soak, the schedules, the group sizes that lie. A draw
-takes a NumPy generator; the oracles share no code with the library.
+takes a NumPy generator, and for what it should not draw: `sizes` of groups, a product's `config`, `dims` (rows and
+columns; of a product rows, columns and contraction, of a ragged weight gradient tokens, rows and columns), else
+sizes up to `most`. The oracles share no code with the library.
 """
 
 from __future__ import annotations
@@ -167,10 +169,10 @@ def _quantize(kind: str) -> Callable:
     ragged = kind.startswith("ragged")
     target = f"jaxfp8_quantize_{kind}_v1"
 
-    def draw(rng, sizes=None, most=300) -> Call:
+    def draw(rng, sizes=None, most=300, dims=None) -> Call:
         source, dtype = (BF16, F16, F32)[rng.integers(3)], (E4M3, E5M2)[rng.integers(2)]
         pow2 = bool(rng.integers(2))
-        g, m, k = int(rng.integers(1, 4)), size(rng, most), size(rng, most)
+        g, (m, k) = int(rng.integers(1, 4)), dims or (size(rng, most), size(rng, most))
         x = _floats(rng, (m, k) if ragged or kind == "rows" else (g, m, k), source)
         operands = [_array(x)]
         if ragged:
@@ -217,10 +219,11 @@ def _activation(kind: str) -> Callable:
     """On operands whose activation is exact: results are known to the bit."""
     ragged, gradient = "ragged" in kind, "grad" in kind
 
-    def draw(rng, sizes=None, most=300) -> Call:
+    def draw(rng, sizes=None, most=300, dims=None) -> Call:
         source, dtype = (BF16, F16, F32)[rng.integers(3)], (E4M3, E5M2)[rng.integers(2)]
         pow2, name = bool(rng.integers(2)), ("silu", "gelu")[rng.integers(2)]
-        g, m, f, a = int(rng.integers(1, 3)), size(rng, most), size(rng, most), rng.integers(1, 3)
+        g, (m, f) = int(rng.integers(1, 3)), dims or (size(rng, most), size(rng, most))
+        a = rng.integers(1, 3)
         batch = () if ragged or kind == "rows" else (g,)
         seed = int(rng.integers(2**31))
         x = oracle_activation.saturated(seed, (*batch, m, int(a), f), source)
@@ -284,15 +287,16 @@ def _operands(lhs: Quantized, rhs: Quantized) -> list[Array]:
 
 
 def _dims(rng, most):
+    """Rows, columns and contraction of a product whose operands lie along the contraction."""
     return size(rng, most), size(rng, most), 16 * _cdiv(size(rng, most), 16)
 
 
 def _dense(name: str, accumulate: bool) -> Callable:
     outer = name == "gemm_1d1d"
 
-    def draw(rng, config=None, most=300) -> Call:
+    def draw(rng, config=None, most=300, dims=None) -> Call:
         lhs_type, rhs_type, out = _types(rng, outer)
-        (m, n, k), g = _dims(rng, most), int(rng.integers(1, 4))
+        (m, n, k), g = dims or _dims(rng, most), int(rng.integers(1, 4))
         lhs = _quantized(rng, (1 if rng.integers(2) else g, m, k), dtype=lhs_type)
         rhs = _quantized(rng, (g, n, k), (1, 128) if outer else (128, 128), rhs_type)
         want = oracle.gemm(lhs, rhs)
@@ -304,9 +308,9 @@ def _dense(name: str, accumulate: bool) -> Callable:
 def _grouped(name: str, accumulate: bool) -> Callable:
     masked = name == "masked_grouped_gemm"
 
-    def draw(rng, sizes=None, config=None, most=300) -> Call:
+    def draw(rng, sizes=None, config=None, most=300, dims=None) -> Call:
         lhs_type, rhs_type, out = _types(rng, False)
-        m, n, k = _dims(rng, most)
+        m, n, k = dims or _dims(rng, most)
         if sizes is None:
             g = int(rng.integers(1, 4 if masked else 40))
             sizes = group_sizes(rng, g, m)
@@ -324,9 +328,9 @@ def _grouped(name: str, accumulate: bool) -> Callable:
 
 
 def _grouped_wgrad(accumulate: bool) -> Callable:
-    def draw(rng, sizes=None, config=None, most=300) -> Call:
+    def draw(rng, sizes=None, config=None, most=300, dims=None) -> Call:
         lhs_type, rhs_type, out = _types(rng, True)
-        m, n, k = size(rng, most), size(rng, most), size(rng, most)
+        m, n, k = dims or (size(rng, most), size(rng, most), size(rng, most))
         if sizes is None:
             sizes = group_sizes(rng, int(rng.integers(1, 9)), m)
         operands = []

@@ -28,6 +28,7 @@ from . import _checks as checks
 from . import _products as prods
 from ._products import Candidate, Facts, Found, Knowledge, Leaf, Nested, Plan, Planner
 from ._recipe import Recipe, current_recipe
+from ._types import full_spec, place
 from .kernels import quantize as qt
 from .kernels.gemm import product as gemm_product
 from .kernels.grouped_gemm import grouped_gemm, grouped_wgrad_gemm
@@ -623,25 +624,28 @@ def fp8_scope(weight_path: str) -> str:
 
 def replacement(eqn: Any, product: Candidate, operands: Sequence[Any], recipe: Recipe) -> jax.Array:
     """The FP8 product of an equation's operands, in the equation's result type."""
+    y = _product(eqn, product, operands, recipe)
+    return place(y, full_spec(eqn.outvars[0].aval.sharding.spec, y.ndim))
+
+
+def _product(eqn: Any, product: Candidate, operands: Sequence[Any], recipe: Recipe) -> jax.Array:
     if product.kind == "ragged_dot":
         return _ragged(product, operands, recipe)
     lhs, rhs = operands
     dims = prods.dimensions(eqn)
     sharding = eqn.params.get("out_sharding")
     if product.role == "weight gradient":
-        y = _weight_gradient(dims, lhs, rhs, product.out_dtype, recipe)
-    elif product.weight == "rhs":
-        y = _activation_first(product, dims, lhs, rhs, sharding, recipe)
-    else:
-        swapped = prods.Dims(*((right, left) for left, right in dims))
-        batch, rows, columns = len(dims.batch[0]), len(dims.free[1]), len(dims.free[0])
-        order = [*range(batch), *range(batch + rows, batch + rows + columns)]
-        order += range(batch, batch + rows)
-        if sharding is not None:
-            sharding = _permuted(sharding, [order.index(i) for i in range(len(order))])
-        y = _activation_first(product, swapped, rhs, lhs, sharding, recipe)
-        return jnp.transpose(y, order)
-    return y if sharding is None else jax.sharding.reshard(y, sharding)
+        return _weight_gradient(dims, lhs, rhs, product.out_dtype, recipe)
+    if product.weight == "rhs":
+        return _activation_first(product, dims, lhs, rhs, sharding, recipe)
+    swapped = prods.Dims(*((right, left) for left, right in dims))
+    batch, rows, columns = len(dims.batch[0]), len(dims.free[1]), len(dims.free[0])
+    order = [*range(batch), *range(batch + rows, batch + rows + columns)]
+    order += range(batch, batch + rows)
+    if sharding is not None:
+        sharding = _permuted(sharding, [order.index(i) for i in range(len(order))])
+    y = _activation_first(product, swapped, rhs, lhs, sharding, recipe)
+    return jnp.transpose(y, order)
 
 
 def _permuted(sharding: Any, order: Sequence[int]) -> Any:

@@ -53,7 +53,10 @@ class Leaf:
         return self.primitive.bind(*arrays, **params)
 
     def _eager(self, *arrays, **params):
-        return self._jitted(*arrays, params=tuple(sorted(params.items())))
+        with jax.disable_jit(
+            False
+        ):  # else the jitted function would bind this primitive again, and so on
+            return self._jitted(*arrays, params=tuple(sorted(params.items())))
 
     def _types(self, *operands, **params):
         shapes = tuple((t.shape, t.dtype) for t in operands)

@@ -59,6 +59,13 @@ def is_explicit(type_) -> bool:
     return AxisType.Explicit in type_.sharding.mesh.axis_types
 
 
+def place(y, spec):
+    """y in the sharding asked for, as mesh axes per dimension: a product that would cut blocks has a coarser one."""
+    if spec is None or not is_explicit(jax.typeof(y)):
+        return y
+    return jax.sharding.reshard(y, to_spec(spec))
+
+
 def explicit_axes(type_, dims) -> tuple:
     """(name, mesh axes) of each dimension of a type on an explicit mesh; () on others."""
     if not is_explicit(type_):

@@ -1,12 +1,15 @@
 """The command line: what it prints, what it refuses, and that it says what its figures are worth."""
 
 import json
+import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from click import ClickException
 from click.testing import CliRunner
 
 import jaxfp8
@@ -99,6 +102,43 @@ def test_doctor_says_that_jax_cannot_use_the_driver(monkeypatch):
     monkeypatch.setattr(doctor.metadata, "distributions", lambda: [])
     text = run("doctor", "--no-run")
     assert "for CUDA 13.0" in text and "pip install 'jax[cuda13]'" in text
+
+
+@pytest.mark.parametrize(
+    "status, plugins, found",
+    [
+        (999, [], "cuDriverGetVersion fails with 999"),
+        (0, ["jax-cuda13-plugin", "jax_cuda13_pjrt"], "jax-cuda13-plugin 1.0, jax_cuda13_pjrt 1.0"),
+    ],
+)
+def test_doctor_asks_the_driver_and_lists_plugins(monkeypatch, status, plugins, found):
+    class Driver:
+        def cuDriverGetVersion(self, version):
+            version._obj.value = 12080
+            return status
+
+    monkeypatch.setattr(doctor.ctypes, "CDLL", lambda name: Driver())
+    packages = [SimpleNamespace(name=n, version="1.0") for n in plugins]
+    monkeypatch.setattr(doctor.metadata, "distributions", lambda: packages)
+    text = run("doctor", "--no-run", status=int(status != 0))
+    assert found in text and ("1 problem: CUDA driver" in text) == (status != 0)
+    assert ("for CUDA 12.8" in text) == (status == 0)
+
+
+def test_doctor_goes_on_where_jax_finds_no_device(monkeypatch):
+    def devices(*_):
+        raise RuntimeError("Unable to initialize backend 'cuda'\nmore")
+
+    monkeypatch.setattr(jax, "devices", devices)
+    findings = list(doctor.devices())
+    assert [(f.verdict, f.found) for f in findings] == [
+        ("problem", "Unable to initialize backend 'cuda'")
+    ]
+
+
+def test_doctors_last_line_says_what_runs(monkeypatch):
+    monkeypatch.setattr(doctor, "runs_kernels", lambda: True)
+    assert doctor.verdict_line([]) == "Products run as this package's kernels."
 
 
 # ------------------------------------------------------------------------------------------------
@@ -233,6 +273,77 @@ def test_bench_doubts(monkeypatch, figures, before, after, doubt):
     monkeypatch.setattr(jax, "devices", lambda: [Hopper()])
     doubts = bench.doubtful([figures], before, after, "train")
     assert (doubts == []) if doubt is None else (len(doubts) == 1 and doubt in doubts[0])
+
+
+def test_bench_of_a_gpu_without_kernels_says_so(monkeypatch):
+    class Blackwell(Hopper):
+        device_kind, compute_capability = "NVIDIA B200", "10.0"
+
+    monkeypatch.setattr(jax, "devices", lambda: [Blackwell()])
+    (doubt,) = bench.doubtful([measured()], GOOD, GOOD, "train")
+    assert "no kernels of this package" in doubt
+
+
+def test_bench_of_one_forward_product_has_a_table_without_a_sum_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = run("bench", "64x128x128", "--mode", "forward", "--rounds", "2", "--seconds", "0.001")
+    assert not os.listdir(tmp_path)
+    assert "forward on cpu" in text and "sum" not in text.split("doubtful")[0]
+
+
+def test_bench_of_a_model_has_its_layer_at_the_tokens_asked_for(monkeypatch):
+    asked = []
+
+    def measure(shape, mode, rounds, seconds, advance):
+        asked.append(shape)
+        return bench.Measured(shape, 1e-3, 2e-3, 0.0, 2 * shape.m * shape.n * shape.k)
+
+    monkeypatch.setattr(bench, "measure", measure)
+    assert "llama-3-8b, train" in run("bench", "--model", "llama-3-8b", "--tokens", "16")
+    assert asked == MODELS["llama-3-8b"].shapes(16)
+    asked.clear()
+    run("bench", "--model", "llama-3-8b")
+    assert {s.m for s in asked} == {128}  # on a CPU
+    asked.clear()
+    run("bench")
+    assert asked == bench.SMALL_SHAPES
+    assert bench.ShapeType().convert(asked[0], None, None) is asked[0]  # what click converted once
+
+
+def smi(directory, monkeypatch, clocks, users, status=0):
+    """An nvidia-smi of these answers, first on PATH."""
+    path = directory / "nvidia-smi"
+    path.write_text(
+        f"#!/bin/sh\ncase \"$3\" in\n--query-gpu*) echo '{clocks}';;\n*) printf '{users}';;\nesac\nexit {status}\n"
+    )
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{directory}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_bench_reads_clocks_and_other_users_of_the_gpu(tmp_path, monkeypatch):
+    smi(tmp_path, monkeypatch, "1755, 1980, 0x0000000000000004", "812\n900\n")
+    assert bench.gpu_state() == bench.GpuState(1755.0, 1980.0, "0x0000000000000004", 2)
+    smi(tmp_path, monkeypatch, "[N/A], 1980, Not Active", "")
+    unknown = bench.gpu_state()
+    assert unknown == bench.GpuState(0.0, 1980.0, "Not Active", 0)
+    monkeypatch.setattr(jax, "devices", lambda: [Hopper()])
+    assert bench.doubtful([measured()], unknown, unknown, "train") == []
+    smi(tmp_path, monkeypatch, "", "", status=9)
+    assert bench.gpu_state() is None
+
+    def hangs(*_, timeout, **__):
+        raise subprocess.TimeoutExpired("nvidia-smi", timeout)
+
+    monkeypatch.setattr(bench.subprocess, "run", hangs)
+    assert bench.gpu_state() is None
+
+
+def test_bench_draws_what_is_not_in_doubt_and_says_what_drawing_needs(tmp_path, monkeypatch):
+    bench.plot("title", [measured()], [], tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ClickException, match="pip install 'jaxfp8\\[cli\\]'"):
+        bench.plot("title", [measured()], [], tmp_path / "b.png")
 
 
 def test_tune_measures_the_products_of_a_layer(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from jax import lax
 from .. import _checks as checks
 from .._operation import Call, Operation
 from .._recipe import Recipe
-from .._types import explicit_axes, full_spec, like_primal
+from .._types import explicit_axes, full_spec, like_primal, place
 from ..kernels import quantize as qt
 from ..kernels.gemm import product
 from ._residuals import load, save
@@ -135,7 +135,8 @@ def dot(x, w, x_dims, w_dims, out, *, recipe: Recipe, out_dtype, out_spec=None, 
     wanted = () if out_spec is None else tuple(zip(out, out_spec, strict=True))
     attributes = (("out_dtype", out_dtype), ("recipe", recipe))
     ins = (x_dims, w_dims, *weight_dims(w_dims, quantized))
-    return dot_operation(x, w, *quantized, call=Call(ins, (out,), attributes, wanted))[0]
+    (y,) = dot_operation(x, w, *quantized, call=Call(ins, (out,), attributes, wanted))
+    return place(y, out_spec)
 
 
 def result_dtype(function: str, x, w, preferred_element_type: Any):

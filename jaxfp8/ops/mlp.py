@@ -25,7 +25,7 @@ from .._blocks import BLOCK
 from .._operation import Call, Operation
 from .._partition import Kernel
 from .._recipe import Recipe, current_recipe
-from .._types import explicit_axes, like_primal
+from .._types import explicit_axes, like_primal, place
 from ..kernels import activation as act
 from ..kernels import quantize as qt
 from ..kernels.activation import ACTIVATIONS, TWO, gated
@@ -402,6 +402,7 @@ def mlp(
         wanted = () if spec is None else tuple(zip(out, spec, strict=True))
         ins = ((*tokens, "k"), ("k", *hidden), ("f", "n"))
         (y,) = mlp_operation(x, w_up, w_down, call=Call(ins, (out,), attributes, wanted))
+        y = place(y, spec)
         return y[0] if vector else y
 
 

@@ -284,7 +284,9 @@ def test_bench_of_a_gpu_without_kernels_says_so(monkeypatch):
     assert "no kernels of this package" in doubt
 
 
-def test_bench_of_one_forward_product_has_a_table_without_a_sum_and_writes_nothing(tmp_path, monkeypatch):
+def test_bench_of_one_forward_product_has_a_table_without_a_sum_and_writes_nothing(
+    tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     text = run("bench", "64x128x128", "--mode", "forward", "--rounds", "2", "--seconds", "0.001")
     assert not os.listdir(tmp_path)

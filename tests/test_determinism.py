@@ -25,7 +25,7 @@ def test_every_target_has_random_calls():
     assert set(custom_calls.GROUPED) == takes_sizes
 
 
-# Two tiles of rows and of columns with tails, on four multiprocessors: a CTA runs the pipeline on from tile to tile, for
+# Two tiles of rows and of columns with tails, on four multiprocessors: a CTA runs its pipeline from tile to tile, over
 # more blocks than it has stages. The last block is a tail; groups are empty, negative, of one row, cut by the end.
 PRODUCT, WGRAD, MATRIX = (132, 136, 272), (330, 140, 72), (130, 40)
 SIZES = {"masked": np.int32([3, 129]), "ragged": np.int32([70, -1, 1, 0, 300])}

@@ -58,7 +58,7 @@ def test_gemm_keeps_its_accuracy_at_k_16384():
     oracle.assert_elements_close(got, lhs, rhs, F32)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(m=SIZES, n=SIZES, k=SIZES, square=st.booleans(), dtypes=st.tuples(FP8, FP8))
 def test_gemm_of_any_size_equals_float64(m, n, k, square, dtypes):
     lhs, rhs = operands(m, n, k, square, dtypes)
@@ -66,7 +66,7 @@ def test_gemm_of_any_size_equals_float64(m, n, k, square, dtypes):
     oracle.assert_close(got, oracle.gemm(lhs, rhs), F32)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(g=st.integers(1, 4), m=SIZES, n=SIZES, k=SIZES, square=st.booleans())
 def test_batched_gemm_equals_float64(g, m, n, k, square):
     lhs = jaxfp8.quantize(normal(0, g, m, k))
@@ -150,7 +150,7 @@ def test_grouped_gemm_equals_float64_per_group(groups, k, n):
     assert_groups_close(jaxfp8.grouped_gemm(lhs, rhs, device_sizes), want, sizes, BF16)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_grouped_gemm_of_any_groups_equals_float64(data):
     m = data.draw(st.integers(1, 700))

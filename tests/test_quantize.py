@@ -53,7 +53,7 @@ def draw(seed, shape, kind, dtype=np.float32):
 KINDS = ("normal", "magnitudes", "tiny", "zeros", "subnormal", "nonfinite", "halves")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     shape=st.tuples(st.integers(1, 1000), st.integers(1, 1000)).filter(
         lambda s: s[0] * s[1] < 90_000

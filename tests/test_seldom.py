@@ -16,7 +16,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxfp8
-from jaxfp8 import AutocastPolicy, _explain, autocast, explain
+from jaxfp8 import AutocastPolicy, _explain, _tune, autocast, explain
 from jaxfp8._roofline import device
 from tests.programs import assert_close, assert_same_bits, products
 
@@ -298,6 +298,32 @@ def test_what_the_arrays_say_of_themselves():
     assert (q.shape, q.ndim, q.size) == ((3, 200), 2, 600)
     assert repr(w) == "QuantizedWeight([256,72], float8_e4m3fn)"
     assert "QuantizedWeight" in repr(jax.tree.map(lambda _: None, w))
+
+
+# --- tuning ---------------------------------------------------------------------------------------
+
+PRODUCTS = [
+    jaxfp8.Product("gemm_1d2d", 8, 24, 32, accum=True),
+    jaxfp8.Product("gemm_1d1d", 8, 24, 32, lhs_dtype="float8_e5m2"),
+    jaxfp8.Product("masked_grouped_gemm", 8, 24, 32, groups=2),
+    jaxfp8.Product("grouped_gemm", 30, 24, 32, groups=4),
+    jaxfp8.Product("grouped_wgrad_gemm", 8, 24, 128 * 3, groups=2, out_dtype="float32"),
+]
+
+
+@pytest.mark.parametrize("product", PRODUCTS, ids=lambda p: p.kind)
+def test_measuring_times_each_configuration_asked_for(product, monkeypatch):
+    monkeypatch.setattr(_tune, "_COLD_BYTES", 0)  # a few launches are enough
+    two = product.configs[:2]
+    seconds = _tune.measure(product, two, device=jax.devices()[1], repeats=3)
+    assert tuple(seconds) == two and all(map(np.isfinite, seconds.values()))
+    heuristic = _tune.heuristic_config(product, 132)
+    assert heuristic in product.configs
+
+
+def test_a_product_that_may_use_one_multiprocessor_is_given_no_cluster():
+    product = jaxfp8.Product("gemm_1d2d", 4096, 4096, 4096, num_sms=1)
+    assert _tune.heuristic_config(product, 132).endswith("cluster 1x1")
 
 
 # --- frameworks -----------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Faults to plant in the kernels' PTX: what each changes, how it is found there, and what finds it.
 
-    python -m tests.mutations        prints the table
+    python -m tests.mutations        plants every fault, prints what finds it; fails if one is missed
+
+Those of the activation kernels are in tests/mutations_of_activations.py.
 
 An edit describes its place by what the instructions do: which barrier a wait belongs to (told from
 the addresses that `mbarrier.init` gets), what defines an operand, which instruction comes next to
@@ -18,6 +20,7 @@ Left out, because they change nothing that a run could show:
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -1005,17 +1008,258 @@ def _(ptx):
     ptx.set(one, 0)
 
 
-def main():
-    from tests.test_mutations import run
+# ---- GEMM: batches, accumulation, bands, the larger tiles
 
-    rows = [(m.name, run(m.run).plan.kernel, m.detector) for m in MUTATIONS]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        )
-    print(f"{len(rows)} faults")
+LHS_GROUP_ROWS, CLUSTER_M, CLUSTER_N, BAND = -6, -4, -3, -2
+RECEIVED = r"\bredux\.sync\.or\.b32\b"
+FIELDS = ("lhs_row", "rhs_row", "out_row", "col", "rows", "k_block", "k_blocks", "group")
+
+
+def received(ptx: Ptx, warp: str, field: str) -> int:
+    """Where the "operands" or the "scales" warp reads a field of its Work."""
+    places = ptx.all(RECEIVED, least=24)
+    reads = [places[i : i + 8] for i in range(0, 24, 8)]
+    operands, math = (
+        max(r for r in reads if r[-1] < place)
+        for place in (ptx.one(EXPECT_TX), ptx.waits("full")[0])
+    )
+    scales = next((r for r in reads if r not in (operands, math)), None)
+    if len(places) != 24 or operands == math or scales is None:
+        raise NoMatch("three warps do not read their Work")
+    return {"operands": operands, "scales": scales}[warp][FIELDS.index(field)]
+
+
+def flag(ptx: Ptx, bit: int) -> list[int]:
+    """Where a flag of the arguments is tested."""
+    count = len(ptx.all(r"^\s*\.param\b"))
+    registers = [ptx.operands(i)[0] for i in ptx.all(rf"ld\.param\.u32\s.*_param_{count - 1}\]")]
+    return ptx.all(rf"\band\.b32\s+%\w+, ({'|'.join(registers)}), {bit};")
+
+
+@planted("batch", "every entry takes the first one's lhs", WRONG_RESULT)
+def _(ptx):
+    rows = ptx.parameter(LHS_GROUP_ROWS)
+    ptx.replace(ptx.all(rf"\bmul\.lo\.s32\s+%\w+, %\w+, {rows};", least=2)[-1], rf"{rows};", "0;")
+
+
+@planted("batch", "every entry is stored in the first one's place", "DoubleWrite")
+def _(ptx):
+    rows = ptx.parameter(M)
+    ptx.replace(ptx.all(rf"\bmul\.lo\.s32\s+%\w+, %\w+, {rows};", least=3)[-1], rf"{rows};", "0;")
+
+
+@planted("batch", "every entry takes the first one's rhs scales", WRONG_RESULT)
+def _(ptx):
+    ptx.set(received(ptx, "scales", "group"), 0)
+
+
+@planted("masked sizes that lie", "a size above the rows is taken as it is", "DoubleWrite")
+def _(ptx):
+    for place in ptx.all(rf"\bmin\.u32\s+%\w+, %\w+, {ptx.parameter(M)};", least=2):
+        ptx.replace(place, r"min\.u32\s+(%\w+), (%\w+), %\w+;", r"mov.b32 \1, \2;")
+
+
+@planted("masked sizes that lie", "a negative size is taken as it is", WRONG_RESULT)
+def _(ptx):
+    for place in ptx.all(r"\bmax\.s32\s+%\w+, %\w+, 0;", least=3):
+        ptx.replace(place, r"max\.s32\s+(%\w+), (%\w+), 0", r"mov.b32 \1, \2")
+
+
+@planted("groups accumulate", "the old values of odd columns are not added", WRONG_RESULT)
+def _(ptx):
+    for place in ptx.all(r"\bld\.global\.u16\b", least=8)[1::2]:
+        ptx.replace(place, r"ld\.global\.u16\s+(%\w+), .*;", r"mov.b32 \1, 0;")
+
+
+@planted("groups accumulate", "rows past a group are added to, too", WRONG_RESULT)
+def _(ptx):
+    ptx.set(rows_to_store(ptx), 64)
+
+
+@planted("wgrad groups accumulate", "sums are stored, not added", WRONG_RESULT)
+def _(ptx):
+    for place in ptx.all(r"\bcp\.reduce\.async\.bulk\.tensor\.2d\b"):
+        ptx.replace(place, r"cp\.reduce(\.async\.bulk\.tensor\.2d\S*)\.add\.tile", r"cp\1.tile")
+
+
+@planted("wgrad groups", "groups without tokens keep what they held", WRONG_RESULT)
+def _(ptx):
+    for place in flag(ptx, 1):
+        ptx.set(place, 1)
+
+
+@planted("wgrad groups", "every group's scales are those of the first tokens", WRONG_RESULT)
+def _(ptx):
+    ptx.set(received(ptx, "scales", "k_block"), 0)
+
+
+@planted("wgrad groups", "every group multiplies the first tokens", WRONG_RESULT)
+def _(ptx):
+    ptx.set(received(ptx, "operands", "k_block"), 0)
+
+
+@planted(
+    "odd columns in float32", "pairs are stored where rows are not aligned to them", "Misaligned"
+)
+def _(ptx):
+    for place in flag(ptx, 4):
+        ptx.set(place, 4)
+
+
+@planted("odd columns in float32", "the second column of a pair is not clipped", WRONG_RESULT)
+def _(ptx):
+    for place in ptx.all(r"\bst\.global\.f32\b.*\+4\]", least=2):
+        ptx.drop(ptx.before(place, r"^\s*@%\w+ bra"))
+
+
+@planted("bands", "the last band is as wide as the others", WRONG_RESULT)
+def _(ptx):
+    band = ptx.parameter(BAND)
+    place = ptx.one(rf"\bmin\.s32\s+%\w+, %\w+, {band};")
+    ptx.set(place, band)
+
+
+@planted("bands", "the scheduling warp's lanes disagree about the first tile", WRONG_RESULT)
+def _(ptx):
+    place = ptx.one(r"\bvote\.sync\.ballot\.b32\b")
+    ptx.insert(place + 1, f"and.b32 {ptx.operands(place)[0]}, {ptx.operands(place)[0]}, -2;")
+
+
+@planted("row cluster", "both CTAs load the same part of the lhs block", "Race")
+def _(ptx):
+    copy = ptx.all(MULTICAST, least=2)[0]
+    row = re.search(r"\{%\w+, (%\w+)\}", ptx.lines[copy])[1]
+    terms = ptx.operands(ptx.definition(row, copy))[1:]
+    part = [
+        ptx.definition(t, copy) for t in terms if "mul.lo" in ptx.lines[ptx.definition(t, copy)]
+    ]
+    if len(part) != 1:
+        raise NoMatch("the row of the lhs copy is not the tile's plus a part")
+    ptx.set(part[0], 0)
+
+
+@planted("row cluster", "both CTAs compute the same columns", "DoubleWrite")
+def _(ptx):
+    place = ptx.all(rf"\bmad\.lo\.s32\s+%\w+, %\w+, {ptx.parameter(CLUSTER_N)}, %\w+;")[-1]
+    ptx.replace(place, r", %\w+;", ", 0;")
+
+
+@planted("column cluster", "both CTAs compute the same rows", "DoubleWrite")
+def _(ptx):
+    place = ptx.all(rf"\bmad\.lo\.s32\s+%\w+, %\w+, {ptx.parameter(CLUSTER_M)}, %\w+;")[-1]
+    ptx.replace(place, r", %\w+;", ", 0;")
+
+
+@planted(
+    "upper and lower rows",
+    "the lower rows' products are promoted before they are done",
+    "RegisterInFlight",
+)
+def _(ptx):
+    ptx.drop(ptx.all(WAIT_GROUP, least=2)[1])
+
+
+@planted("upper and lower rows", "the lower rows are multiplied as the upper ones", WRONG_RESULT)
+def _(ptx):
+    upper, lower = (descriptors(ptx, i)[0] for i in ptx.all(WGMMA, least=8)[::4])
+    product = ptx.all(WGMMA, least=8)[4]
+    ptx.insert(product, f"mov.b64 {lower}, {upper};")
+
+
+@planted("upper and lower rows", "the lower rows take the upper ones' scales", WRONG_RESULT)
+def _(ptx):
+    upper, lower = ptx.all(r"\bld\.shared\.v2\.f32\b", least=2)
+    ptx.replace(lower, r"\[%\w+\]", re.search(r"\[%\w+\]", ptx.lines[upper])[0])
+
+
+@planted("three segments", "the last 64 columns take the scale of those before", WRONG_RESULT)
+def _(ptx):
+    scales = ptx.all(r"\bld\.shared\.f32\b", least=3)
+    ptx.replace(scales[2], r"\[%\w+\]", re.search(r"\[%\w+\]", ptx.lines[scales[0]])[0])
+
+
+@planted("side by side", "both warpgroups take the scales of the left columns", WRONG_RESULT)
+def _(ptx):
+    place = ptx.before(ptx.first(r"\bld\.shared\.v4\.f32\b"), r"\bmad\.lo\.s32\b")
+    ptx.replace(place, ", 384,", ", 0,")  # bytes of 96 scales
+
+
+@planted("E5M2", "the lhs is multiplied as E4M3", WRONG_RESULT)
+def _(ptx):
+    for place in ptx.all(WGMMA, least=4):
+        ptx.replace(place, r"\.e5m2\.e4m3", ".e4m3.e4m3")
+
+
+# ---- Quantizers: other formats, batches
+
+
+@planted("rows of float32", "the sign counts as magnitude", WRONG_RESULT)
+def _(ptx):
+    for place in ptx.all(rf"\band\.b32\b.*, {0x7FFFFFFF};", least=8):
+        ptx.replace(place, r"and\.b32(\s+%\w+, %\w+), \d+;", r"mov.b32\1;")
+
+
+@planted("rows of float16", "the lower half of a word is taken twice", WRONG_RESULT)
+def _(ptx):
+    for place in ptx.all(r"\bshr\.u32\s+%\w+, %\w+, 16;", least=8):
+        ptx.replace(place, ", 16;", ", 0;")
+
+
+@planted("rows to E5M2", "values are converted to E4M3", WRONG_RESULT)
+def _(ptx):
+    for place in ptx.all(r"\bcvt\.rn\.satfinite\.e5m2x2\.f32\b", least=8):
+        ptx.replace(place, "e5m2x2", "e4m3x2")
+
+
+@planted("rows to E5M2", "the scale is E4M3's", WRONG_RESULT)
+def _(ptx):
+    for place in ptx.all("0f37924925"):
+        ptx.replace(place, "0f37924925", "0f3B124925")
+
+
+@planted(
+    "batch of columns", "the second matrix's column scales overwrite the first's", "DoubleWrite"
+)
+def _(ptx):
+    groups = ptx.operands(ptx.first(r"ld\.param\.u64\s.*_param_5\]"))[0]
+    blocks = ptx.one(rf"\bmul\.lo\.s64\s+%\w+, %\w+, {groups};")
+    product = ptx.operands(blocks)[0]
+    ptx.set(ptx.after(blocks, rf"\badd\.s64\s+%\w+, .*{product};"), product)
+
+
+@planted("batch of weights", "the second matrix is transposed over the first", "DoubleWrite")
+def _(ptx):
+    ptx.set(ptx.after(ptx.all(r"\bbar\.sync\b", least=2)[1], r"\bmul\.lo\.s64\b"), 0)
+
+
+@planted("batch of weights", "every matrix's scale is the first's", "DoubleWrite")
+def _(ptx):
+    store = ptx.first(r"\bst\.global\.[fu]32\b")
+    ptx.set(ptx.before(store, r"\bmov\.u32\s+%\w+, %ctaid\.x;"), 0)
+
+
+@planted("ragged columns", "rows past the groups are a group", "OutOfBounds")
+def _(ptx):
+    barrier = ptx.first(r"\bbar\.sync\b")
+    tokens = ptx.operands(ptx.before(barrier, r"\bst\.shared\.u32\b"))[-1]
+    ptx.set(ptx.definition(tokens, barrier), 8)
+
+
+def main() -> int:
+    from tests.mutations import MUTATIONS  # this file is another module here
+    from tests.test_mutations import found_by, run
+
+    names = [f"{mutation.run}: {mutation.name}" for mutation in MUTATIONS]
+    kernels = [run(mutation.run).plan.kernel for mutation in MUTATIONS]
+    widths = max(map(len, names)), max(map(len, kernels))
+    missed = 0
+    for mutation, name, kernel in zip(MUTATIONS, names, kernels, strict=True):
+        detector = found_by(mutation)
+        missed += detector != mutation.detector
+        print(name.ljust(widths[0]), kernel.ljust(widths[1]), detector or "NOTHING", flush=True)
+    print(f"{len(MUTATIONS)} faults, {missed} not found by what should find them")
+    return 1 if missed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

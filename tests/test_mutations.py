@@ -1,9 +1,10 @@
 """Planted faults in the kernels' PTX: each is found, and the unchanged kernel passes the same run.
 
 A fault counts as found when the emulator names it, or when an output differs from the reference.
-tests/mutations.py is the table.
+tests/mutations.py is the table. Half of the faults are slow, so that the default tests plant the other half.
 """
 
+import collections
 import functools
 from types import SimpleNamespace
 
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 
 from jaxfp8 import _ffi
-from tests import emulator, oracle
+from tests import emulator, mutations_of_activations, oracle, oracle_activation  # noqa: F401
 from tests import oracle_quantize as quantizers
+from tests import test_activation_kernels as activations
 from tests.mutations import MUTATIONS, WRONG_RESULT, Ptx, kernel_text
 from tests.test_quantize_kernels import NAMES_OF_ARRAYS, expected, matrices, result_types
 
@@ -22,13 +24,15 @@ pytestmark = [
     pytest.mark.skipif(not _ffi.images(), reason="this build of jaxfp8 holds no kernels"),
 ]
 
-BF16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
+BF16, F16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32)
+E4M3, E5M2 = quantizers.E4M3, quantizers.E5M2
 NAMES = {
     BF16: "bf16",
+    F16: "f16",
     F32: "f32",
     np.dtype(np.int32): "s32",
-    quantizers.E4M3: "f8e4m3fn",
-    quantizers.E5M2: "f8e5m2",
+    E4M3: "f8e4m3fn",
+    E5M2: "f8e5m2",
 }
 
 
@@ -100,18 +104,20 @@ class Run:
         self.check(*outputs)
 
 
-def product(kind, *, groups=1, m, n, k, config, sms=2, sizes=None, out=BF16, accum=False):
+def product(
+    kind, *, groups=1, m, n, k, config, sms=2, sizes=None, out=BF16, accum=False, lhs_type=E4M3
+):
     """A product of random operands and scales, which differ from row to row and block to block."""
     rng = np.random.default_rng(m + n + k)
 
-    def operand(*shape):
-        data = rng.standard_normal(shape).astype(np.float32).astype(quantizers.E4M3)
+    def operand(*shape, dtype=E4M3):
+        data = rng.standard_normal(shape).astype(np.float32).astype(dtype)
         scale = np.exp(rng.standard_normal((*shape[:-1], quantizers.cdiv(shape[-1], 128))))
         return SimpleNamespace(data=data, scale=scale.astype(np.float32), block=(1, 128))
 
     wgrad = kind == "grouped_wgrad_gemm"
     lhs_batch = () if wgrad or kind == "grouped_gemm" else (groups,)
-    lhs = operand(*lhs_batch, m, k)
+    lhs = operand(*lhs_batch, m, k, dtype=lhs_type)
     rhs = operand(*(() if wgrad else (groups,)), n, k)
     if wgrad:  # tokens between the groups are zeros
         at, covered = 0, np.zeros(k, bool)
@@ -163,18 +169,18 @@ def product(kind, *, groups=1, m, n, k, config, sms=2, sizes=None, out=BF16, acc
     )
 
 
-def quantization(kind, x, *, sizes=None, pow2=False):
-    """A quantization of x to E4M3, whose results must equal the oracle's bit for bit."""
+def quantization(kind, x, *, sizes=None, pow2=False, dtype=E4M3):
+    """A quantization of x, whose results must equal the oracle's bit for bit."""
     names = list(NAMES_OF_ARRAYS[kind])
     operands = {names.pop(0): x}
     if sizes is not None:
         operands[names.pop(0)] = np.array(sizes, np.int32)
-    types = result_types(kind, x.shape, quantizers.E4M3, len(sizes or ()))
+    types = result_types(kind, x.shape, dtype, len(sizes or ()))
     results = {
-        name: (F32 if dtype == "f32" else dtype, shape)
-        for name, (dtype, shape) in zip(names, types, strict=True)
+        name: (F32 if type_ == "f32" else type_, shape)
+        for name, (type_, shape) in zip(names, types, strict=True)
     }
-    want = expected(kind, x, quantizers.E4M3, pow2, sizes)
+    want = expected(kind, x, dtype, pow2, sizes)
 
     def check(*got):
         for name, a, b in zip(names, got, want, strict=True):
@@ -183,6 +189,60 @@ def quantization(kind, x, *, sizes=None, pow2=False):
                 raise Wrong(f"{np.count_nonzero(a != b)} of {a.size} bytes of {name}")
 
     return Run(f"quantize_{kind}", operands, results, check, pow2=pow2)
+
+
+def activation(kind, x, *, name="gelu", sizes=None, pow2=False, exact=False):
+    """An activation quantized to E4M3, or its gradient with `grad` in the kind.
+
+    On saturated operands (`exact`) results must equal the oracle's bit for bit, else be within the
+    activation's bound.
+    """
+    arrays = {"x": x}
+    if "grad" in kind:
+        seed = x.shape[-1]
+        arrays["dy"] = oracle_activation.cotangents(seed, (*x.shape[:-2], x.shape[-1]), x.dtype)
+    dy = arrays.get("dy")
+    if sizes is not None:
+        arrays["group_sizes"] = np.array(sizes, np.int32)
+    if dy is None:
+        y = oracle_activation.activate(x, name)
+    else:
+        y = oracle_activation.gradient(x, dy, name)
+    options = {"pow2": pow2, "group_sizes": sizes}
+    want = oracle_activation.outputs(kind, y, **options)
+    bound = oracle_activation.outputs(kind, oracle_activation.error_bounds(x, dy, name), **options)
+
+    def check(*got):
+        try:
+            got = [v.reshape(-1).view(np.uint8) for v in got]
+            if exact:
+                for a, b in zip(got, want, strict=True):
+                    np.testing.assert_array_equal(a, b.reshape(-1).view(np.uint8))
+            else:
+                activations.assert_within_a_step(got, want, bound)
+        except AssertionError as error:
+            raise Wrong(str(error)) from error
+
+    types = activations.result_types(kind, x.shape, E4M3, len(sizes or ()))
+    names = activations.names_of_results(kind)
+    results = {
+        n: (F32 if t == "f32" else t, shape) for n, (t, shape) in zip(names, types, strict=True)
+    }
+    index = activations.ACTIVATIONS.index(name)
+    return Run(f"activation_{kind}", arrays, results, check, pow2=pow2, activation=index)
+
+
+def gates(shape):
+    """Pre-activations around zero, where neither the logistic function nor its slope is saturated."""
+    return activations.ordinary(sum(shape), shape, BF16)
+
+
+def saturated_with(shape, *values):
+    """Pre-activations whose activation is exact, but for these gates, one in every third row."""
+    x = oracle_activation.saturated(sum(shape), shape, BF16)
+    for row, value in enumerate(values):
+        x[..., 3 * row + 1, 0, 5] = value
+    return x
 
 
 def rows_of_every_kind():
@@ -244,14 +304,70 @@ RUNS = {
         "grouped_wgrad_gemm", m=40, n=72, k=128 * 5, sizes=[20, 0, 200], out=F32,
         config="m64n64 cluster 1x1",
     ),
+    "batch": lambda: product(
+        "gemm_1d2d", groups=3, m=24, n=40, k=144, config="m64n32 cluster 1x1"
+    ),
+    "masked sizes that lie": lambda: product(
+        "masked_grouped_gemm", groups=2, m=40, n=24, k=144, sizes=[-3, 2**30], config="m64n32 cluster 1x1"
+    ),
+    "groups accumulate": lambda: product(
+        "grouped_gemm", groups=3, m=90, n=45, k=144, sizes=[20, 0, 50], accum=True,
+        config="m64n32 cluster 1x1",
+    ),
+    "wgrad groups accumulate": lambda: product(
+        "grouped_wgrad_gemm", m=24, n=40, k=128 * 5, sizes=[20, 0, 200], out=F32, accum=True,
+        config="m64n64 cluster 1x1",
+    ),
+    "odd columns in float32": lambda: product(
+        "gemm_1d2d", m=24, n=45, k=16, config="m64n64 cluster 1x1", out=F32
+    ),
+    # Two rows of tiles, five columns in bands of three and two.
+    "bands": lambda: product(
+        "gemm_1d2d", m=72, n=136, k=16, config="m64n32 cluster 1x1", sms=4
+    ),
+    "upper and lower rows": lambda: product(
+        "gemm_1d2d", m=200, n=40, k=144, config="m256n128 cluster 1x1"
+    ),
+    "three segments": lambda: product(
+        "gemm_1d2d", m=24, n=192, k=144, config="m128n192 cluster 1x1"
+    ),
+    "side by side": lambda: product(
+        "gemm_1d1d", m=72, n=184, k=144, config="m128n96x2 cluster 1x1", out=F32
+    ),
+    "E5M2": lambda: product(
+        "gemm_1d2d", m=24, n=40, k=144, config="m64n32 cluster 1x1", lhs_type=E5M2
+    ),
     "rows": lambda: quantization("rows", rows_of_every_kind()),
     "rows with NaN": lambda: quantization("rows", with_nan(matrices(2, (9, 264), BF16))),
     "rows to powers of two": lambda: quantization("rows", matrices(3, (8, 128), BF16), pow2=True),
     "ties": lambda: quantization("rows", ties()),
     "columns": lambda: quantization("columns", matrices(4, (1, 136, 40), BF16)),
     "weight": lambda: quantization("weight", matrices(5, (1, 40, 72), BF16)),
+    "rows of float32": lambda: quantization("rows", matrices(7, (8, 136), F32)),
+    "rows of float16": lambda: quantization("rows", matrices(8, (8, 136), F16)),
+    "rows to E5M2": lambda: quantization("rows", matrices(9, (8, 136), BF16), dtype=E5M2),
+    "batch of columns": lambda: quantization("both", matrices(10, (2, 24, 40), BF16)),
+    "batch of weights": lambda: quantization("weight", matrices(11, (2, 24, 40), BF16)),
+    "ragged columns": lambda: quantization(
+        "ragged_columns", matrices(12, (60, 40), BF16), sizes=[3, 0, 20]
+    ),
     "ragged groups": lambda: quantization(
         "ragged_both", with_nan(matrices(6, (110, 40), BF16)), sizes=[3, -2, 100]
+    ),
+    "activation rows": lambda: activation(
+        "rows", np.concatenate([gates((6, 2, 264)), saturated_with((4, 2, 264))])
+    ),
+    "activation rows with NaN": lambda: activation(
+        "rows", saturated_with((9, 2, 264), np.nan, np.inf, 2.0**70), name="silu", exact=True
+    ),
+    "activation both": lambda: activation("both", gates((1, 40, 2, 40))),
+    "activation to powers of two": lambda: activation(
+        "both", saturated_with((1, 20, 2, 136)), pow2=True, exact=True
+    ),
+    "activation grad": lambda: activation("grad_both", gates((1, 24, 2, 40))),
+    "activation ragged": lambda: activation(
+        "ragged_grad_both", saturated_with((60, 2, 40), np.nan, np.inf),
+        sizes=[3, -2, 40], exact=True,
     ),
 }  # fmt: skip
 
@@ -262,7 +378,6 @@ def run(name):
 
 
 def detected(execute, text):
-    """The emulator's error by name, WRONG_RESULT, or None."""
     try:
         execute(text)
     except emulator.EmulatorError as error:
@@ -272,15 +387,36 @@ def detected(execute, text):
     return None
 
 
+def found_by(mutation):
+    """What finds a planted fault: the emulator's error by name, WRONG_RESULT, or None."""
+    execute = run(mutation.run)
+    ptx = Ptx(execute.text)
+    mutation.edit(ptx)
+    assert ptx.text != Ptx(execute.text).text
+    return detected(execute, ptx.text)
+
+
+def subset():
+    """Every second fault of each run; the others are slow."""
+    count = collections.Counter()
+    for mutation in MUTATIONS:
+        marks = pytest.mark.slow if count[mutation.run] % 2 else ()
+        count[mutation.run] += 1
+        yield pytest.param(mutation, marks=marks, id=f"{mutation.run}: {mutation.name}")
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_the_kernel_without_fault_passes(name):
     run(name)(run(name).text)
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{m.run}: {m.name}")
+def test_every_kernel_file_has_faults():
+    images = {run(mutation.run).plan.image for mutation in MUTATIONS}
+    one_of_two = {"gemm_1d1d_bf16"}  # the float32 file holds the same kernels
+    assert images | one_of_two == set(_ffi.images())
+    assert {mutation.run for mutation in MUTATIONS} == set(RUNS)
+
+
+@pytest.mark.parametrize("mutation", subset())
 def test_a_planted_fault_is_found(mutation):
-    execute = run(mutation.run)
-    ptx = Ptx(execute.text)
-    mutation.edit(ptx)
-    assert ptx.text != Ptx(execute.text).text
-    assert detected(execute, ptx.text) == mutation.detector
+    assert found_by(mutation) == mutation.detector

@@ -1217,14 +1217,12 @@ def _(ptx):
         ptx.replace(place, "0f37924925", "0f3B124925")
 
 
-@planted(
-    "batch of columns", "the second matrix's column scales overwrite the first's", "DoubleWrite"
-)
+@planted("batch of columns", "the second matrix's row scales overwrite the first's", "DoubleWrite")
 def _(ptx):
     groups = ptx.operands(ptx.first(r"ld\.param\.u64\s.*_param_5\]"))[0]
     blocks = ptx.one(rf"\bmul\.lo\.s64\s+%\w+, %\w+, {groups};")
     product = ptx.operands(blocks)[0]
-    ptx.set(ptx.after(blocks, rf"\badd\.s64\s+%\w+, .*{product};"), product)
+    ptx.set(ptx.after(blocks, rf"\badd\.s64\s+%\w+, {product}, %\w+;"), product)
 
 
 @planted("batch of weights", "the second matrix is transposed over the first", "DoubleWrite")

@@ -7,23 +7,23 @@ of an output left unwritten.
 """
 
 import itertools
+from types import SimpleNamespace
 
-import ml_dtypes
 import numpy as np
 import pytest
 
+from benchmarks import kernel_bytes
 from jaxfp8 import _ffi
-from tests import emulator
+from tests import kernel_launch
 from tests import oracle_activation as oracle
 from tests import oracle_quantize as oq
+from tests.kernel_launch import BF16, F16, F32, NAMES
 
 pytestmark = [
     pytest.mark.emulated,
     pytest.mark.skipif(not _ffi.images(), reason="this build of jaxfp8 holds no kernels"),
 ]
 
-BF16, F16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32)
-NAMES = {BF16: "bf16", F16: "f16", F32: "f32", oq.E4M3: "f8e4m3fn", oq.E5M2: "f8e5m2"}
 DENSE = ("rows", "both", "grad_both")
 RAGGED = ("ragged_both", "ragged_grad_both")
 KINDS = DENSE + RAGGED
@@ -31,86 +31,33 @@ ACTIVATIONS = ("silu", "gelu")
 
 
 def result_types(kind, shape, dtype, groups):
-    """(dtype, shape) of the custom call's results, for x of `shape`."""
-    shapes = oracle.result_shapes(kind, shape, groups)
-    return [(("f32" if i % 2 else dtype), s) for i, s in enumerate(shapes)]
-
-
-def names_of_results(kind):
+    """(dtype, shape) of the custom call's results, by name, for x of `shape`."""
+    names = ("row_data", "row_scale", "column_data", "column_scale")
     if kind == "rows":
-        return ("data", "scale")
-    return ("row_data", "row_scale", "column_data", "column_scale")
+        names = ("data", "scale")
+    shapes = oracle.result_shapes(kind, shape, groups)
+    return {
+        name: (F32 if "scale" in name else dtype, s) for name, s in zip(names, shapes, strict=True)
+    }
 
 
-def launch(
-    kind,
-    x,
-    dy,
-    dtype,
-    *,
-    activation="silu",
-    pow2=False,
-    group_sizes=None,
-    offsets=None,
-    seed=0,
-    sms=2,
-):
-    """Plans and executes one call; its outputs' bytes, and the emulator's report.
-
-    `offsets`: bytes by which an array, by name, starts past a multiple of 256.
-    """
+def call(kind, x, dy, dtype, *, activation="silu", pow2=False, group_sizes=None, sms=2):
+    """The plan of an activation, its operands and its results."""
     inputs = {"x": x}
     if dy is not None:
         inputs["dy"] = dy
     if group_sizes is not None:
         inputs["group_sizes"] = np.array(group_sizes, np.int32)
-    types = [(NAMES.get(v.dtype, "s32"), v.shape) for v in inputs.values()]
-    results = result_types(kind, x.shape, NAMES[dtype], len(group_sizes or ()))
-    plan = _ffi._C.plan(
-        f"jaxfp8_activation_{kind}_v1",
-        types,
+    results = result_types(kind, x.shape, dtype, len(group_sizes or ()))
+    plan = kernel_launch.plan(
+        f"activation_{kind}",
+        inputs,
         results,
         pow2=pow2,
         activation=ACTIVATIONS.index(activation),
         device_sms=sms,
     )
-    names = names_of_results(kind)
-    memory = emulator.Memory()
-    addresses, outputs = {"null": 0}, []
-    offsets = offsets or {}
-    for name, value in inputs.items():
-        offset = offsets.get(name, 0)
-        buffer = np.full(offset + value.nbytes, 0xA5, np.uint8)
-        buffer[offset:] = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
-        buffer.flags.writeable = False
-        addresses[name] = memory.array(buffer, name=name).base + offset
-    for name, (type_, shape) in zip(names, results, strict=True):
-        # The array ends where its buffer ends, so that a byte too far is out of bounds.
-        offset = offsets.get(name, 0)
-        buffer = np.full(
-            offset + int(np.prod(shape)) * (4 if type_ == "f32" else 1), 0xA5, np.uint8
-        )
-        outputs.append(buffer[offset:])
-        addresses[name] = memory.array(buffer, name=name).base + offset
-    ptx = _ffi.image_directory() / f"{plan.image}.ptx"
-    parameters = emulator.kernel(ptx, plan.kernel).parameters
-    args = [
-        np.uint64(addresses[arg])
-        if isinstance(arg, str)
-        else {4: np.int32, 8: np.int64}[parameter.size](arg)
-        for arg, parameter in zip(plan.args, parameters, strict=True)
-    ]
-    report = emulator.launch(
-        ptx,
-        plan.kernel,
-        grid=plan.grid,
-        block=plan.block,
-        dynamic_smem=plan.dynamic_smem,
-        args=args,
-        seed=seed,
-        memory=memory,
-    )
-    return outputs, report, results
+    return plan, inputs, results
 
 
 def operands(kind, shape, seed, source, generate=oracle.saturated):
@@ -120,15 +67,29 @@ def operands(kind, shape, seed, source, generate=oracle.saturated):
     return x, dy
 
 
-def assert_exact(kind, x, dy, dtype, *, activation="silu", pow2=False, group_sizes=None, **options):
+def assert_exact(
+    kind,
+    x,
+    dy,
+    dtype,
+    *,
+    activation="silu",
+    pow2=False,
+    group_sizes=None,
+    sms=2,
+    offsets=None,
+    seed=0,
+):
     """Executes one call on saturated operands and compares every output with the oracle's, byte for byte."""
-    outputs, report, _ = launch(
-        kind, x, dy, dtype, activation=activation, pow2=pow2, group_sizes=group_sizes, **options
+    planned = call(
+        kind, x, dy, dtype, activation=activation, pow2=pow2, group_sizes=group_sizes, sms=sms
     )
+    outputs, report = kernel_launch.execute(*planned, offsets=offsets, seed=seed)
     y = oracle.activate(x, activation) if dy is None else oracle.gradient(x, dy, activation)
     want = oracle.outputs(kind, y, dtype=dtype, pow2=pow2, group_sizes=group_sizes)
     for i, (got, array) in enumerate(zip(outputs, want, strict=True)):
-        wrong = np.flatnonzero(got != array.reshape(-1).view(np.uint8))
+        got, array = (v.reshape(-1).view(np.uint8) for v in (got, array))
+        wrong = np.flatnonzero(got != array)
         assert not wrong.size, f"output {i}: {wrong.size} of {got.size} bytes, first {wrong[0]}"
     return report
 
@@ -232,8 +193,8 @@ def test_no_finite_pre_activation_becomes_nan(kind, activation):
     x = np.stack([gate, np.ones_like(gate)])[None]
     dy = np.ones((1, 1, gate.size), np.float32) if kind == "grad_both" else None
     x = x[None] if kind == "grad_both" else x
-    outputs, _, _ = launch(kind, x, dy, oq.E5M2, activation=activation)
-    assert np.isfinite(outputs[1].view(np.float32)).all()
+    outputs, _ = kernel_launch.execute(*call(kind, x, dy, oq.E5M2, activation=activation))
+    assert np.isfinite(outputs[1]).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -258,7 +219,7 @@ def ordinary(seed, shape, dtype):
 def assert_within_a_step(got, want, bound):
     """Scales within the activation's error, data one FP8 step from the oracle's at most, and few of those."""
     for i in range(0, len(want), 2):
-        data, scale = steps(got[i]), got[i + 1].view(np.float32)
+        data, scale = steps(got[i].reshape(-1)), got[i + 1].reshape(-1)
         want_data, want_scale = steps(want[i].reshape(-1)), want[i + 1].reshape(-1)
         # The oracle's scales of the bound are those of the error of a block's largest value.
         slack = bound[i + 1].reshape(-1) * 1.01 + want_scale * 2.0**-22
@@ -275,7 +236,9 @@ def test_an_activation_is_within_its_bound(kind, activation, halves):
     source = (BF16, F32)[halves % 2]
     x, dy = operands(kind, shape_for(kind, 1, 70, halves, 136), 8, source, ordinary)
     group_sizes = [30, 40] if kind in RAGGED else None
-    outputs, _, _ = launch(kind, x, dy, oq.E4M3, activation=activation, group_sizes=group_sizes)
+    outputs, _ = kernel_launch.execute(
+        *call(kind, x, dy, oq.E4M3, activation=activation, group_sizes=group_sizes)
+    )
     y = oracle.activate(x, activation) if dy is None else oracle.gradient(x, dy, activation)
     error = oracle.error_bounds(x, dy, activation)
     assert np.isfinite(error).all()
@@ -296,23 +259,10 @@ def test_no_kernel_spills():
 def test_more_blocks_than_a_grid_holds_are_refused():
     shape = (1, 2**30, 2, 2**30)
     with pytest.raises(ValueError, match=r"x has more blocks than a grid holds, 2\^31 - 1"):
-        _ffi._C.plan(
-            "jaxfp8_activation_both_v1",
-            [("bf16", shape)],
-            result_types("both", shape, "f8e4m3fn", 0),
-        )
+        call("both", SimpleNamespace(dtype=BF16, shape=shape), None, oq.E4M3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("source", [BF16, F32], ids=NAMES.get)
 def test_every_byte_moves_once(kind, source):
-    x, dy = operands(kind, shape_for(kind, 1, 144, 2, 48), 10, source)
-    group_sizes = [100] if kind in RAGGED else None
-    report = assert_exact(kind, x, dy, oq.E4M3, group_sizes=group_sizes)
-    types = result_types(kind, x.shape, "f8e4m3fn", len(group_sizes or ()))
-    assert report.bytes_written == sum(
-        int(np.prod(shape)) * (4 if name == "f32" else 1) for name, shape in types
-    )
-    read = x.nbytes + (0 if dy is None else dy.nbytes)
-    # Every CTA of a ragged kernel reads the group sizes, and those in a group once more.
-    assert read <= report.bytes_read <= read + (2 * 4 * 3 if group_sizes else 0)
+    kernel_bytes.assert_least(kernel_bytes.activation(kind, source))

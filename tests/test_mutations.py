@@ -8,32 +8,27 @@ import collections
 import functools
 from types import SimpleNamespace
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 from jaxfp8 import _ffi
-from tests import emulator, mutations_of_activations, oracle, oracle_activation  # noqa: F401
+from tests import (
+    emulator,
+    kernel_launch,
+    mutations_of_activations,  # noqa: F401  adds to MUTATIONS
+    oracle,
+    oracle_activation,
+)
 from tests import oracle_quantize as quantizers
 from tests import test_activation_kernels as activations
+from tests import test_quantize_kernels as quantizations
+from tests.kernel_launch import BF16, E4M3, E5M2, F16, F32
 from tests.mutations import MUTATIONS, WRONG_RESULT, Ptx, kernel_text
-from tests.test_quantize_kernels import NAMES_OF_ARRAYS, expected, matrices, result_types
 
 pytestmark = [
     pytest.mark.emulated,
     pytest.mark.skipif(not _ffi.images(), reason="this build of jaxfp8 holds no kernels"),
 ]
-
-BF16, F16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32)
-E4M3, E5M2 = quantizers.E4M3, quantizers.E5M2
-NAMES = {
-    BF16: "bf16",
-    F16: "f16",
-    F32: "f32",
-    np.dtype(np.int32): "s32",
-    E4M3: "f8e4m3fn",
-    E5M2: "f8e5m2",
-}
 
 
 class Wrong(AssertionError):
@@ -46,60 +41,16 @@ class Wrong(AssertionError):
 class Run:
     """One custom call. `check` raises Wrong unless its outputs' bytes are right."""
 
-    def __init__(self, target, operands, results, check, accum=None, **attributes):
-        self.operands, self.results, self.check, self.accum = operands, results, check, accum
-        self.plan = _ffi._C.plan(
-            f"jaxfp8_{target}_v1",
-            [(NAMES[a.dtype], a.shape) for a in operands.values()]
-            + ([] if accum is None else [(NAMES[accum.dtype], accum.shape)]),
-            [(NAMES[dtype], shape) for dtype, shape in results.values()],
-            **attributes,
-        )
+    def __init__(self, plan, operands, results, check, accum=None):
+        self.plan, self.operands, self.results = plan, operands, results
+        self.check, self.accum = check, accum
         ptx = (_ffi.image_directory() / f"{self.plan.image}.ptx").read_text()
         self.text = kernel_text(ptx, self.plan.kernel)
 
     def __call__(self, text):
         """Executes `text` in the kernel's place and checks its outputs."""
-        memory = emulator.Memory()
-        addresses, outputs = {"null": 0}, []
-        for name, array in self.operands.items():
-            array = np.ascontiguousarray(array).view(np.uint8)
-            array.flags.writeable = False
-            addresses[name] = memory.array(array, name=name).base
-        for name, (dtype, shape) in self.results.items():
-            output = np.full(int(np.prod(shape)) * dtype.itemsize, 0xFF, np.uint8)
-            if self.accum is not None:
-                output[:] = np.ascontiguousarray(self.accum).reshape(-1).view(np.uint8)
-            outputs.append(output.view(dtype).reshape(shape))
-            addresses[name] = memory.array(output, name=name).base
-        parameters = emulator.kernel(text, self.plan.kernel).parameters
-        args = []
-        for arg, parameter in zip(self.plan.args, parameters, strict=True):
-            if isinstance(arg, dict):
-                args.append(
-                    emulator.TensorMap(
-                        (memory, addresses[arg["base"]]),
-                        arg["dims"],
-                        arg["strides"],
-                        arg["box"],
-                        swizzle=int(arg["swizzle"].removesuffix("B")),
-                        dtype={"u8": "uint8", "bf16": "bfloat16", "f32": "float32"}[arg["type"]],
-                    )
-                )
-            elif isinstance(arg, str):
-                args.append(np.uint64(addresses[arg]))
-            else:
-                args.append({4: np.int32, 8: np.int64}[parameter.size](arg))
-        plan = self.plan
-        emulator.launch(
-            text,
-            plan.kernel,
-            grid=plan.grid,
-            block=plan.block,
-            cluster=plan.cluster,
-            dynamic_smem=plan.dynamic_smem,
-            args=args,
-            memory=memory,
+        outputs, _ = kernel_launch.execute(
+            self.plan, self.operands, self.results, accum=self.accum, text=text
         )
         self.check(*outputs)
 
@@ -158,37 +109,29 @@ def product(
     operands = {name: a.reshape(logical.get(name, a.shape)) for name, a in operands.items()}
     target = kind + ("_accum" if accum else "")
     names = _ffi._C.configs(f"jaxfp8_{target}_v1")
-    return Run(
+    results = {"out": (out, want.shape)}
+    plan = kernel_launch.plan(
         target,
-        operands,
-        {"out": (out, want.shape)},
-        check,
-        accum=start,
+        operands if start is None else operands | {"accum": start},
+        results,
         config=names.index(config),
         device_sms=sms,
     )
+    return Run(plan, operands, results, check, start)
 
 
 def quantization(kind, x, *, sizes=None, pow2=False, dtype=E4M3):
     """A quantization of x, whose results must equal the oracle's bit for bit."""
-    names = list(NAMES_OF_ARRAYS[kind])
-    operands = {names.pop(0): x}
-    if sizes is not None:
-        operands[names.pop(0)] = np.array(sizes, np.int32)
-    types = result_types(kind, x.shape, dtype, len(sizes or ()))
-    results = {
-        name: (F32 if type_ == "f32" else type_, shape)
-        for name, (type_, shape) in zip(names, types, strict=True)
-    }
-    want = expected(kind, x, dtype, pow2, sizes)
+    plan, operands, results = quantizations.call(kind, x, dtype, pow2=pow2, group_sizes=sizes)
+    want = quantizations.expected(kind, x, dtype, pow2, sizes)
 
     def check(*got):
-        for name, a, b in zip(names, got, want, strict=True):
+        for name, a, b in zip(results, got, want, strict=True):
             a, b = (v.reshape(-1).view(np.uint8) for v in (a, b))
             if (a != b).any():
                 raise Wrong(f"{np.count_nonzero(a != b)} of {a.size} bytes of {name}")
 
-    return Run(f"quantize_{kind}", operands, results, check, pow2=pow2)
+    return Run(plan, operands, results, check)
 
 
 def activation(kind, x, *, name="gelu", sizes=None, pow2=False, exact=False):
@@ -197,39 +140,30 @@ def activation(kind, x, *, name="gelu", sizes=None, pow2=False, exact=False):
     On saturated operands (`exact`) results must equal the oracle's bit for bit, else be within the
     activation's bound.
     """
-    arrays = {"x": x}
+    dy = None
     if "grad" in kind:
         seed = x.shape[-1]
-        arrays["dy"] = oracle_activation.cotangents(seed, (*x.shape[:-2], x.shape[-1]), x.dtype)
-    dy = arrays.get("dy")
-    if sizes is not None:
-        arrays["group_sizes"] = np.array(sizes, np.int32)
-    if dy is None:
-        y = oracle_activation.activate(x, name)
-    else:
+        dy = oracle_activation.cotangents(seed, (*x.shape[:-2], x.shape[-1]), x.dtype)
         y = oracle_activation.gradient(x, dy, name)
+    else:
+        y = oracle_activation.activate(x, name)
     options = {"pow2": pow2, "group_sizes": sizes}
     want = oracle_activation.outputs(kind, y, **options)
     bound = oracle_activation.outputs(kind, oracle_activation.error_bounds(x, dy, name), **options)
 
     def check(*got):
         try:
-            got = [v.reshape(-1).view(np.uint8) for v in got]
             if exact:
                 for a, b in zip(got, want, strict=True):
-                    np.testing.assert_array_equal(a, b.reshape(-1).view(np.uint8))
+                    a, b = (v.reshape(-1).view(np.uint8) for v in (a, b))
+                    np.testing.assert_array_equal(a, b)
             else:
                 activations.assert_within_a_step(got, want, bound)
         except AssertionError as error:
             raise Wrong(str(error)) from error
 
-    types = activations.result_types(kind, x.shape, E4M3, len(sizes or ()))
-    names = activations.names_of_results(kind)
-    results = {
-        n: (F32 if t == "f32" else t, shape) for n, (t, shape) in zip(names, types, strict=True)
-    }
-    index = activations.ACTIVATIONS.index(name)
-    return Run(f"activation_{kind}", arrays, results, check, pow2=pow2, activation=index)
+    planned = activations.call(kind, x, dy, E4M3, activation=name, pow2=pow2, group_sizes=sizes)
+    return Run(*planned, check)
 
 
 def gates(shape):
@@ -247,7 +181,7 @@ def saturated_with(shape, *values):
 
 def rows_of_every_kind():
     """Rows of normal numbers; one of zeros, one of tiny numbers, one that is negative."""
-    x = matrices(1, (13, 264), BF16)
+    x = quantizations.matrices(1, (13, 264), BF16)
     x[2], x[3], x[11] = 0, (x[3].astype(np.float32) * 2.0**-125).astype(BF16), -abs(x[11])
     return x
 
@@ -338,21 +272,21 @@ RUNS = {
         "gemm_1d2d", m=24, n=40, k=144, config="m64n32 cluster 1x1", lhs_type=E5M2
     ),
     "rows": lambda: quantization("rows", rows_of_every_kind()),
-    "rows with NaN": lambda: quantization("rows", with_nan(matrices(2, (9, 264), BF16))),
-    "rows to powers of two": lambda: quantization("rows", matrices(3, (8, 128), BF16), pow2=True),
+    "rows with NaN": lambda: quantization("rows", with_nan(quantizations.matrices(2, (9, 264), BF16))),
+    "rows to powers of two": lambda: quantization("rows", quantizations.matrices(3, (8, 128), BF16), pow2=True),
     "ties": lambda: quantization("rows", ties()),
-    "columns": lambda: quantization("columns", matrices(4, (1, 136, 40), BF16)),
-    "weight": lambda: quantization("weight", matrices(5, (1, 40, 72), BF16)),
-    "rows of float32": lambda: quantization("rows", matrices(7, (8, 136), F32)),
-    "rows of float16": lambda: quantization("rows", matrices(8, (8, 136), F16)),
-    "rows to E5M2": lambda: quantization("rows", matrices(9, (8, 136), BF16), dtype=E5M2),
-    "batch of columns": lambda: quantization("both", matrices(10, (2, 24, 40), BF16)),
-    "batch of weights": lambda: quantization("weight", matrices(11, (2, 24, 40), BF16)),
+    "columns": lambda: quantization("columns", quantizations.matrices(4, (1, 136, 40), BF16)),
+    "weight": lambda: quantization("weight", quantizations.matrices(5, (1, 40, 72), BF16)),
+    "rows of float32": lambda: quantization("rows", quantizations.matrices(7, (8, 136), F32)),
+    "rows of float16": lambda: quantization("rows", quantizations.matrices(8, (8, 136), F16)),
+    "rows to E5M2": lambda: quantization("rows", quantizations.matrices(9, (8, 136), BF16), dtype=E5M2),
+    "batch of columns": lambda: quantization("both", quantizations.matrices(10, (2, 24, 40), BF16)),
+    "batch of weights": lambda: quantization("weight", quantizations.matrices(11, (2, 24, 40), BF16)),
     "ragged columns": lambda: quantization(
-        "ragged_columns", matrices(12, (60, 40), BF16), sizes=[3, 0, 20]
+        "ragged_columns", quantizations.matrices(12, (60, 40), BF16), sizes=[3, 0, 20]
     ),
     "ragged groups": lambda: quantization(
-        "ragged_both", with_nan(matrices(6, (110, 40), BF16)), sizes=[3, -2, 100]
+        "ragged_both", with_nan(quantizations.matrices(6, (110, 40), BF16)), sizes=[3, -2, 100]
     ),
     "activation rows": lambda: activation(
         "rows", np.concatenate([gates((6, 2, 264)), saturated_with((4, 2, 264))])

@@ -4,23 +4,22 @@ Every launch checks besides: no race, no read of uninitialised shared memory, no
 buffers or misaligned, no byte of an output left unwritten.
 """
 
-import ml_dtypes
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from benchmarks import kernel_bytes
 from jaxfp8 import _ffi
-from tests import emulator
+from tests import kernel_launch
 from tests import oracle_quantize as oracle
+from tests.kernel_launch import BF16, F16, F32, NAMES
 
 pytestmark = [
     pytest.mark.emulated,
     pytest.mark.skipif(not _ffi.images(), reason="this build of jaxfp8 holds no kernels"),
 ]
 
-BF16 = np.dtype(ml_dtypes.bfloat16)
-F16 = np.dtype(np.float16)
-F32 = np.dtype(np.float32)
-NAMES = {BF16: "bf16", F16: "f16", F32: "f32", oracle.E4M3: "f8e4m3fn", oracle.E5M2: "f8e5m2"}
 FORMATS = [(i, o) for i in (BF16, F16, F32) for o in (oracle.E4M3, oracle.E5M2)]
 DENSE = ("rows", "columns", "both", "blocks", "weight")
 RAGGED = ("ragged_columns", "ragged_both")
@@ -53,16 +52,27 @@ def expected(kind, x, dtype, pow2, group_sizes=None):
     return outputs
 
 
+NAMES_OF_RESULTS = {
+    "rows": ("data", "scale"),
+    "columns": ("data", "scale"),
+    "both": ("row_data", "row_scale", "column_data", "column_scale"),
+    "blocks": ("data", "scale"),
+    "weight": ("data_nn", "scale", "data_nt"),
+    "ragged_columns": ("data", "scale"),
+    "ragged_both": ("row_data", "row_scale", "column_data", "column_scale"),
+}
+
+
 def result_types(kind, shape, dtype, groups):
-    """(dtype, shape) of the custom call's results."""
+    """(dtype, shape) of the custom call's results, by name."""
     *lead, m, k = shape
     mb, kb = oracle.cdiv(m, 128), oracle.cdiv(k, 128)
-    rows = [(dtype, (*lead, m, k)), ("f32", (*lead, m, kb))]
-    columns = [(dtype, (*lead, k, m)), ("f32", (*lead, k, mb))]
-    blocks = [(dtype, (*lead, m, k)), ("f32", (*lead, mb, kb))]
+    rows = [(dtype, (*lead, m, k)), (F32, (*lead, m, kb))]
+    columns = [(dtype, (*lead, k, m)), (F32, (*lead, k, mb))]
+    blocks = [(dtype, (*lead, m, k)), (F32, (*lead, mb, kb))]
     t = oracle.padded_tokens(m, groups)
-    ragged = [(dtype, (k, t)), ("f32", (k, t // 128))]
-    return {
+    ragged = [(dtype, (k, t)), (F32, (k, t // 128))]
+    types = {
         "rows": rows,
         "columns": columns,
         "both": rows + columns,
@@ -71,67 +81,27 @@ def result_types(kind, shape, dtype, groups):
         "ragged_columns": ragged,
         "ragged_both": rows + ragged,
     }[kind]
+    return dict(zip(NAMES_OF_RESULTS[kind], types, strict=True))
 
 
-NAMES_OF_ARRAYS = {
-    "rows": ("x", "data", "scale"),
-    "columns": ("x", "data", "scale"),
-    "both": ("x", "row_data", "row_scale", "column_data", "column_scale"),
-    "blocks": ("x", "data", "scale"),
-    "weight": ("w", "data_nn", "scale", "data_nt"),
-    "ragged_columns": ("x", "group_sizes", "data", "scale"),
-    "ragged_both": ("x", "group_sizes", "row_data", "row_scale", "column_data", "column_scale"),
-}
-
-
-def launch(kind, x, dtype, *, pow2=False, group_sizes=None, offsets=None, seed=0, sms=2):
-    """Plans and executes one quantization; its outputs' bytes, and the emulator's report.
-
-    ``offsets``: bytes by which an array, by name, starts past a multiple of 256.
-    """
-    types = [(NAMES[x.dtype], x.shape)]
-    inputs = [x]
+def call(kind, x, dtype, *, pow2=False, group_sizes=None, sms=2):
+    """The plan of a quantization, its operands and its results."""
+    operands = {"w" if kind == "weight" else "x": x}
     if group_sizes is not None:
-        types.append(("s32", (len(group_sizes),)))
-        inputs.append(np.array(group_sizes, np.int32))
-    results = result_types(kind, x.shape, NAMES[dtype], len(group_sizes or ()))
-    plan = _ffi._C.plan(f"jaxfp8_quantize_{kind}_v1", types, results, pow2=pow2, device_sms=sms)
-
-    memory = emulator.Memory()
-    addresses, outputs = {}, []
-    sizes = [a.nbytes for a in inputs]
-    sizes += [int(np.prod(shape)) * (4 if name == "f32" else 1) for name, shape in results]
-    for i, (name, size) in enumerate(zip(NAMES_OF_ARRAYS[kind], sizes, strict=True)):
-        # The array ends where its buffer ends, so that a byte too far is out of bounds.
-        offset = (offsets or {}).get(name, 0)
-        buffer = np.full(offset + size, 0xA5, np.uint8)
-        if i < len(inputs):
-            buffer[offset:] = inputs[i].reshape(-1).view(np.uint8)
-            buffer.flags.writeable = False
-        else:
-            outputs.append(buffer[offset:])
-        addresses[name] = memory.array(buffer, name=name).base + offset
-
-    ptx = _ffi.image_directory() / f"{plan.image}.ptx"
-    parameters = emulator.kernel(ptx, plan.kernel).parameters
-    args = [
-        np.uint64(addresses[arg])
-        if isinstance(arg, str)
-        else {4: np.int32, 8: np.int64}[parameter.size](arg)
-        for arg, parameter in zip(plan.args, parameters, strict=True)
-    ]
-    report = emulator.launch(
-        ptx, plan.kernel, grid=plan.grid, block=plan.block, args=args, seed=seed, memory=memory
-    )
-    return outputs, report
+        operands["group_sizes"] = np.array(group_sizes, np.int32)
+    results = result_types(kind, x.shape, dtype, len(group_sizes or ()))
+    plan = kernel_launch.plan(f"quantize_{kind}", operands, results, pow2=pow2, device_sms=sms)
+    return plan, operands, results
 
 
-def assert_exact(kind, x, dtype, *, pow2=False, group_sizes=None, **options):
+def assert_exact(kind, x, dtype, *, pow2=False, group_sizes=None, sms=2, offsets=None, seed=0):
     """Runs one quantization and compares every output with the oracle's, byte for byte."""
-    outputs, report = launch(kind, x, dtype, pow2=pow2, group_sizes=group_sizes, **options)
+    planned = call(kind, x, dtype, pow2=pow2, group_sizes=group_sizes, sms=sms)
+    outputs, report = kernel_launch.execute(*planned, offsets=offsets, seed=seed)
     want = expected(kind, x, dtype, pow2, group_sizes)
     for i, (got, array) in enumerate(zip(outputs, want, strict=True)):
-        wrong = np.flatnonzero(got != array.reshape(-1).view(np.uint8))
+        got, array = (v.reshape(-1).view(np.uint8) for v in (got, array))
+        wrong = np.flatnonzero(got != array)
         assert not wrong.size, f"output {i}: {wrong.size} of {got.size} bytes, first {wrong[0]}"
     return report
 
@@ -162,9 +132,8 @@ def test_every_shape_equals_the_oracle(kind, shape):
 @pytest.mark.parametrize("kind", DENSE + RAGGED)
 @pytest.mark.parametrize("source", [BF16, F32], ids=NAMES.get)
 def test_buffers_aligned_to_their_elements_only(kind, source):
-    names = NAMES_OF_ARRAYS[kind]
-    offsets = {name: 3 if "data" in name else 4 for name in names[1:]}
-    offsets[names[0]] = source.itemsize
+    offsets = {"x": source.itemsize, "w": source.itemsize, "group_sizes": 4}
+    offsets |= {name: 3 if "data" in name else 4 for name in NAMES_OF_RESULTS[kind]}
     x = matrices(3, (20, 24), source)
     x = x if kind == "rows" or kind in RAGGED else x[None]
     group_sizes = [15] if kind in RAGGED else None
@@ -248,19 +217,7 @@ def test_schedules_do_not_matter(kind):
 @pytest.mark.parametrize("kind", DENSE + RAGGED)
 @pytest.mark.parametrize("source", [BF16, F32], ids=NAMES.get)
 def test_every_byte_moves_once(kind, source):
-    x = matrices(10, shape_for(kind, 1, 144, 48), source)
-    group_sizes = None
-    if kind in RAGGED:
-        x, group_sizes = x[0], [100]
-    report = assert_exact(kind, x, oracle.E4M3, group_sizes=group_sizes)
-    written = sum(a.nbytes for a in expected(kind, x, oracle.E4M3, False, group_sizes))
-    assert report.bytes_written == written
-    read = x.nbytes
-    if kind == "ragged_columns":
-        read = 100 * x.itemsize * x.shape[1]
-    # Every CTA of a ragged quantization reads the group sizes, and those in a group once more.
-    sizes_read = 2 * 4 * 3 if kind in RAGGED else 0
-    assert read <= report.bytes_read <= read + sizes_read
+    kernel_bytes.assert_least(kernel_bytes.quantizer(kind, source))
 
 
 def test_no_kernel_spills():
@@ -276,8 +233,4 @@ def test_no_kernel_spills():
 def test_more_blocks_than_a_grid_holds_are_refused(kind):
     shape = shape_for(kind, 1, 2**30, 2**30)
     with pytest.raises(ValueError, match=r"more blocks than a grid holds, 2\^31 - 1"):
-        _ffi._C.plan(
-            f"jaxfp8_quantize_{kind}_v1",
-            [("bf16", shape)],
-            result_types(kind, shape, "f8e4m3fn", 0),
-        )
+        call(kind, SimpleNamespace(dtype=BF16, shape=shape), oracle.E4M3)

@@ -1,0 +1,113 @@
+"""Bytes that the quantizing kernels move against the least.
+
+    python -m benchmarks.kernel_bytes > benchmarks/kernel_bytes.md
+
+Counted by the emulator, instruction by instruction; nothing here was run on a GPU. The least: every element of the
+inputs read once, every byte of the results written once. Of `ragged_columns` the rows outside every group need not be
+read. Group sizes, which every CTA of a ragged kernel reads, are listed apart.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+ROWS, COLUMNS, GROUPED = 144, 48, 100  # of which 100 rows are in the one group
+
+
+class Moved(NamedTuple):
+    """Bytes of one launch."""
+
+    kernel: str
+    shape: tuple[int, ...]
+    least_read: int
+    read: int
+    sizes_read: int  # of `read`: at most, group sizes
+    least_written: int
+    written: int
+
+    def line(self) -> str:
+        """A row of the table."""
+        read, written = self.read / self.least_read, self.written / self.least_written
+        shape = " x ".join(map(str, self.shape))
+        return (
+            f"| {self.kernel} | {shape} | {self.least_read} | {self.read} | {read:.2f} "
+            f"| {self.least_written} | {self.written} | {written:.2f} |"
+        )
+
+
+def assert_least(moved: Moved):
+    """Nothing moves twice, and the table says so."""
+    assert moved.written == moved.least_written
+    assert moved.least_read <= moved.read <= moved.least_read + moved.sizes_read
+    assert moved.line() in Path(__file__).with_suffix(".md").read_text().splitlines()
+
+
+def _moved(plan, operands, results, least_read) -> Moved:
+    from tests import kernel_launch
+
+    _, report = kernel_launch.execute(plan, operands, results)
+    written = sum(int(np.prod(shape)) * dtype.itemsize for dtype, shape in results.values())
+    # A CTA reads the sizes, and those in a group the first one's once more.
+    sizes = (
+        2 * operands["group_sizes"].nbytes * int(plan.grid[0]) if "group_sizes" in operands else 0
+    )
+    shape = next(iter(operands.values())).shape
+    return Moved(
+        plan.kernel, shape, least_read, report.bytes_read, sizes, written, report.bytes_written
+    )
+
+
+@functools.cache
+def quantizer(kind: str, source: np.dtype) -> Moved:
+    """One quantization of a matrix in `source`."""
+    from tests import test_quantize_kernels as kernels
+    from tests.kernel_launch import E4M3
+
+    x = kernels.matrices(10, kernels.shape_for(kind, 1, ROWS, COLUMNS), source)
+    sizes = None
+    if kind in kernels.RAGGED:
+        x, sizes = x[0], [GROUPED]
+    read = GROUPED * COLUMNS * x.itemsize if kind == "ragged_columns" else x.nbytes
+    return _moved(*kernels.call(kind, x, E4M3, group_sizes=sizes), read)
+
+
+@functools.cache
+def activation(kind: str, source: np.dtype) -> Moved:
+    """One gated activation of a matrix in `source`, or its gradient."""
+    from tests import test_activation_kernels as kernels
+    from tests.kernel_launch import E4M3
+
+    x, dy = kernels.operands(kind, kernels.shape_for(kind, 1, ROWS, 2, COLUMNS), 10, source)
+    sizes = [GROUPED] if kind in kernels.RAGGED else None
+    read = x.nbytes + (0 if dy is None else dy.nbytes)
+    return _moved(*kernels.call(kind, x, dy, E4M3, group_sizes=sizes), read)
+
+
+def table() -> str:
+    """Of every kernel with E4M3 results."""
+    from tests import test_activation_kernels, test_quantize_kernels
+    from tests.kernel_launch import BF16, F16, F32
+
+    lines = [
+        "Bytes moved by the quantizing kernels against the least: `python -m benchmarks.kernel_bytes`.",
+        "Counted by the emulator; nothing here was run on a GPU.",
+        "",
+        "| kernel | input | least read | read | ratio | least written | written | ratio |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    quantizers = test_quantize_kernels.DENSE + test_quantize_kernels.RAGGED
+    for measure, kinds in ((quantizer, quantizers), (activation, test_activation_kernels.KINDS)):
+        lines += [measure(kind, source).line() for kind in kinds for source in (BF16, F16, F32)]
+    lines += [
+        "",
+        f"A ragged kernel's one group has {GROUPED} of the {ROWS} rows; its CTAs read its size, too.",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

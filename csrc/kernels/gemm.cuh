@@ -234,6 +234,7 @@ struct Consumer {
 
   // One set: waits for a wave's products, then promotes them.
   __device__ __forceinline__ void accumulate_in_one_set(Sums (&sum)[Tile::kWaves], int k_blocks) {
+#pragma unroll Scales::kUnroll
     for (int b = 0; b < k_blocks; ++b) {
       stages.wait_full();
       const Columns columns = column_scales();
@@ -256,7 +257,7 @@ struct Consumer {
   // across a loop's back edge, where ptxas would serialize them all; so blocks go in pairs.
   __device__ __forceinline__ void accumulate_in_two_sets(Sums& sum, int k_blocks) {
     Sums even, odd;
-    stages.wait_full();
+    stages.poll_full();
     float2 rows = row_scales(0);
     Columns columns = column_scales();
     int slot = stages.slot;
@@ -267,7 +268,7 @@ struct Consumer {
 
     // Issues the next block into `next`, promotes `current` under it, and waits.
     const auto turn = [&](Sums& next, Sums& current) __attribute__((always_inline)) {
-      stages.wait_full();
+      stages.poll_full();
       const int next_slot = stages.slot;
       const float2 next_rows = row_scales(0);
       const Columns next_columns = column_scales();

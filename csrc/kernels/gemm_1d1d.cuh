@@ -22,6 +22,7 @@ struct OuterScales {
   static constexpr int kRhs = Tile::kBlockM * 4;
   static constexpr bool kHold = Tile::kWaves == 2 && Tile::kCols <= 96;  // else too many registers
   static constexpr bool kPromotionReadsStage = !kHold;
+  static constexpr int kUnroll = 1;  // four would spill
 
   // Of each 16 columns a wgmma lane has 2 q, 2 q + 1, 8 + 2 q and 9 + 2 q (q = lane % 4): column c
   // lies at float 16 (c / 16) + 4 (c % 8 / 2) + 2 (c / 8 % 2) + c % 2, so that one 16-byte read

@@ -14,6 +14,8 @@ struct BlockScales {
   // A stage: lhs scales in RowScales' order | a scale for each segment of the tile's columns.
   static constexpr int kRhs = Tile::kBlockM * 4;
   static constexpr bool kPromotionReadsStage = false;
+  // Of the contraction's blocks, with one accumulator set; the smallest tile gains nothing.
+  static constexpr int kUnroll = Tile::kCols == 32 ? 1 : 4;
 
   // Warp 2: the scales of one block of the contraction after another.
   struct Source {

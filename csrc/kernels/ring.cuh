@@ -12,6 +12,8 @@ namespace jaxfp8 {
 
 template <int kSlots>
 struct Ring {
+  static constexpr uint32_t kSuspendNs = 10'000'000;  // longer than any wait
+
   uint32_t barriers;  // shared address: full[kSlots], empty[kSlots]
   uint32_t slot = 0;
   uint32_t lap = 0;  // parity
@@ -29,12 +31,18 @@ struct Ring {
   __device__ uint32_t full() const { return barriers + 8 * slot; }
   __device__ uint32_t empty() const { return barriers + 8 * (kSlots + slot); }
 
+  // A waiting thread is suspended until the slot is ready, instead of polling in shared memory.
   __device__ void wait_full() const {
-    while (!ptx::mbarrier_try_wait(full(), lap)) {
+    while (!ptx::mbarrier_try_wait(full(), lap, kSuspendNs)) {
     }
   }
   __device__ void wait_empty() const {
-    while (!ptx::mbarrier_try_wait(empty(), lap ^ 1)) {
+    while (!ptx::mbarrier_try_wait(empty(), lap ^ 1, kSuspendNs)) {
+    }
+  }
+  // Where a slot is nearly always ready and waking up costs more than polling.
+  __device__ void poll_full() const {
+    while (!ptx::mbarrier_try_wait(full(), lap)) {
     }
   }
   __device__ void advance() {

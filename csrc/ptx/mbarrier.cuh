@@ -34,7 +34,8 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t bar, uint32_t
 }
 
 // mbarrier.try_wait.parity: whether the phase of this parity has completed. May return false at any
-// time, so it belongs in a loop.
+// time, so it belongs in a loop. The thread is suspended meanwhile, for a short time that the
+// hardware chooses, or for `nanoseconds`.
 __device__ __forceinline__ bool mbarrier_try_wait(uint32_t bar, uint32_t parity) {
   uint32_t done;
   asm volatile(
@@ -45,6 +46,20 @@ __device__ __forceinline__ bool mbarrier_try_wait(uint32_t bar, uint32_t parity)
       "}\n"
       : "=r"(done)
       : "r"(bar), "r"(parity)
+      : "memory");
+  return done;
+}
+__device__ __forceinline__ bool mbarrier_try_wait(uint32_t bar, uint32_t parity,
+                                                  uint32_t nanoseconds) {
+  uint32_t done;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2, %3;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}\n"
+      : "=r"(done)
+      : "r"(bar), "r"(parity), "r"(nanoseconds)
       : "memory");
   return done;
 }

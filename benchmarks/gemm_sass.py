@@ -27,8 +27,8 @@ REQUIRED = {
 """By the beginning of a kernel's name, beside EVERY; the 128x128 tiles have two accumulator sets."""
 
 MISSED = {
-    ("gemm_1d2d_m256n128_", "exposed_issue<=79"): ("exposed_issue<=84", "two stage slots a loop, not sixteen"),
-    ("gemm_1d2d_m256n128_", "util_serial>=0.764"): ("util_serial>=0.75", "follows from the row above"),
+    (r"gemm_1d2d_m256n128_.*_f32", "exposed_issue<=79"): ("exposed_issue<=80", "half a slot, of four blocks a loop"),
+    (r"gemm_1d2d_m256n128_.*_f32", "util_serial>=0.764"): ("util_serial>=0.76", "follows from the row above"),
     ("gemm_1d2d_m128n96x2_", NO_EXCESS): (
         "promotion_excess_per_kblock<=2",
         "three scale segments of 32 columns, whose borders depend on the warpgroup and the tile: two FMUL more",
@@ -37,16 +37,16 @@ MISSED = {
         "promotion_excess_per_kblock<=2",
         "three scale segments of 64 columns in one loop: two FMUL more, and no three copies of the loop",
     ),
-    ("gemm_1d2d_m128n192_", "exposed_issue<=118"): ("exposed_issue<=130", "the loop is not unrolled"),
-    ("gemm_1d2d_m128n192_", "util_serial>=0.766"): ("util_serial>=0.745", "follows from the row above"),
-    ("gemm_1d2d_m64n64_", "overhead_per_kblock<=36"): ("overhead_per_kblock<=39", "the loop is not unrolled"),
+    ("gemm_1d2d_m128n192_", "exposed_issue<=118"): ("exposed_issue<=122", "the two FMUL of the row above"),
+    ("gemm_1d2d_m128n192_", "util_serial>=0.766"): ("util_serial>=0.755", "follows from the row above"),
     ("gemm_1d2d_m64n64_", "util_serial>=0.68"): (
-        "util_serial>=0.6",
+        "util_serial>=0.64",
         "the tile serves products that move weights and little else, where the tensor cores wait",
     ),
 }  # fmt: skip
-"""Rows that do not hold: what holds instead, and why. That they do not rank speed was measured: 1d2d m128n128 has
-28 exposed slots and a bound of 0.90, m256n128 82 and 0.76, and m256n128 is 3 to 13 % faster at large K."""
+"""Rows that do not hold, by the name's regular expression: what holds instead, and why. That they do not rank speed was
+measured: 1d2d m128n128 has 27 exposed slots and a bound of 0.90, m256n128 79 and 0.76, and m256n128 is 3 to 13 % faster
+at large K."""
 
 
 def find_tools() -> str | None:
@@ -63,7 +63,7 @@ def rows_of(name: str) -> list[str]:
     rows = [*EVERY]
     for start, required in REQUIRED.items():
         rows += required if name.startswith(start) else ()
-    own = {row: bound for (start, row), (bound, _) in MISSED.items() if name.startswith(start)}
+    own = {row: bound for (kernel, row), (bound, _) in MISSED.items() if re.match(kernel, name)}
     return [own.get(row, row) for row in rows]
 
 
@@ -96,8 +96,8 @@ def table(reports) -> str:
         )
     lines += ["", "Rows of other kernels' figures that ours miss:", ""]
     lines += [
-        f"- `{start}*`: `{row}`; holds `{own}`: {why}."
-        for (start, row), (own, why) in MISSED.items()
+        f"- `{kernel}`: `{row}`; holds `{own}`: {why}."
+        for (kernel, row), (own, why) in MISSED.items()
     ]
     return "\n".join(lines)
 

@@ -53,7 +53,7 @@ def main():
     steps = {}
     for status in sorted(out.glob("*.status"), key=lambda p: p.stat().st_mtime):
         name, code, seconds = status.read_text().split()
-        line = summary_line(name, out / f"{name}.log")
+        line = summary_line(name, out / f"{name}.log").replace(f"{out}/", "")
         steps[name] = {"exit": int(code), "seconds": int(seconds), "result": line}
     result = machine() | {"steps": steps, "train": {}}
     for kind in ("train", "train_moe"):

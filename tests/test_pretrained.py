@@ -132,7 +132,7 @@ def test_the_llama_of_a_file_is_numpys(tiny_file):
     want = numpy_llama(tiny_file, tokens)
     assert relative_error(logits[0], want) < 0.02  # bfloat16 products and residual stream
     fp8, _ = smollm2.precisions(config)["fp8"](params, jnp.asarray(tokens)[None])
-    assert relative_error(fp8[0], want) < 0.15
+    assert relative_error(fp8[0], want) < 0.2
     assert not np.array_equal(fp8, logits)
 
 
@@ -177,6 +177,7 @@ def test_a_missing_package_is_named_with_its_installation():
 def test_the_smollm2_job_compares_and_writes_a_summary(tiny_file, tmp_path):
     arguments = (
         "--windows 4 --length 32 --batch 2 --generate 3 --steps 3 --tune-batch 1 --tune-length 32"
+        " --sensitivity --products qkv attention_out gate_up down"
     )
     smollm2.main([*arguments.split(), "--model", str(tiny_file), "--out", str(tmp_path)])
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -185,6 +186,10 @@ def test_the_smollm2_job_compares_and_writes_a_summary(tiny_file, tmp_path):
         summary["perplexity"]["fp8"] / summary["perplexity"]["bf16"]
     )
     assert abs(summary["perplexity_ratio"] - 1) < 0.05
+    alone = summary["perplexity_ratio_by_products"]
+    assert list(alone) == [*smollm2.PRODUCTS, " ".join(smollm2.PRODUCTS)]
+    assert alone[" ".join(smollm2.PRODUCTS)] == pytest.approx(summary["perplexity_ratio"])
+    assert len(set(alone.values())) == len(alone)  # each runs other products in FP8
     assert 0.5 < summary["next_token_agreement"] <= 1
     # All products but the head and those inside attention.
     assert 0.5 < summary["fp8_share_of_flops"] < 1
@@ -313,7 +318,7 @@ def test_smollm2_knows_a_capital_and_fp8_keeps_its_perplexity(tmp_path):
     )
     assert all("Paris" in summary["answers"][0][name] for name in ("bf16", "fp8"))
     assert summary["perplexity"]["bf16"] < 20
-    assert abs(summary["perplexity_ratio"] - 1) < 0.02
+    assert abs(summary["perplexity_ratio"] - 1) < 0.015  # 0.01 over 100 windows: docs/models.md
 
 
 @pytest.mark.slow

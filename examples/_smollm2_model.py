@@ -215,7 +215,7 @@ def forward(
         p, past = inputs
         return layer(x, p, config, past, start)
 
-    x = params["embedding"].astype(jnp.bfloat16)[tokens]
+    x = params["embedding"][tokens].astype(jnp.bfloat16)  # so that gradients add up in float32
     x, kv = jax.lax.scan(step, x, (params["layers"], cache))
     x = rms_norm(x, params["norm"], config.epsilon)
     with jax.named_scope("head"):

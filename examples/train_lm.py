@@ -300,7 +300,9 @@ def forward(
     if parallel.fsdp:  # whole matrices are gathered again for the backward pass, not kept
         policy = jaxfp8.checkpoint_policies.save_dots_and_fp8_residuals()
         layer = jax.checkpoint(layer, policy=policy)
-    x = params["embedding"].astype(jnp.bfloat16)[inputs]
+    # Rows in float32: the gradient adds up thousands of them, which bfloat16 rounds, and a GPU adds
+    # bfloat16 by compare and swap.
+    x = params["embedding"][inputs].astype(jnp.bfloat16)
     x, balance = jax.lax.scan(layer, x, params["layers"])
     x = rms_norm(x, params["norm"])
     with jax.named_scope("head"):

@@ -90,6 +90,10 @@ class Parallel:
         if self.fsdp:
             parts = f"{BLOCK} times data"
             cuts.append((parts, BLOCK * self.data, "the model's width,", model.width))
+            parts = f"{BLOCK} times model"  # blocks of a gate, and of what it multiplies
+            cuts.append(
+                (parts, BLOCK * self.model, "the feed-forward layer's width,", model.hidden)
+            )
         if self.expert > 1:
             cuts.append(("expert", self.expert, "--experts", model.experts))
         for axis, devices, what, size in cuts:

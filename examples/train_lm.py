@@ -7,9 +7,10 @@
 
 The text is the Python source of the running interpreter's standard library, read byte by byte. Both
 models start from the same parameters and see the same batches. Only the products of the layers
-differ: jnp.dot and jax.lax.ragged_dot on bfloat16, or jaxfp8.linear and jaxfp8.ragged_dot. As in
-DeepSeek-V3 (arXiv 2412.19437, 3.3), embedding, head, router, norms and the products inside
-attention keep a high precision, and the master weights are float32.
+differ: jnp.dot and jax.lax.ragged_dot on bfloat16, or jaxfp8.linear, jaxfp8.mlp and
+jaxfp8.ragged_mlp, which quantize an activation where they compute it. As in DeepSeek-V3 (arXiv
+2412.19437, 3.3), embedding, head, router, norms and the products inside attention keep a high
+precision, and the master weights are float32.
 
 The file reads from top to bottom: the products, the model, a training step, the loop, the command
 line. `_lm_parallel.py` has the meshes, `_lm_data.py` the text, `_lm_report.py` what is shown and
@@ -51,15 +52,17 @@ class Products:
     """The products of a layer.
 
     linear:      x (..., K) bfloat16, w (K, N), dtype -> (..., N) of that dtype
-    ragged_dot:  x (M, K) bfloat16, w (G, K, N), group_sizes int32 (G,), dtype -> (M, N); a row is
-                 multiplied by the matrix of its group
+    mlp:         SwiGLU: x (..., K) bfloat16, gate and up (K, 2, F), down (F, N), dtype -> (..., N)
+    ragged_mlp:  x (M, K) bfloat16, gate and up (G, K, 2, F), down (G, F, N), group_sizes int32
+                 (G,), dtype -> (M, N); a row goes through the SwiGLU of its group
     gather:      this device's part of a float32 weight, axis -> the whole weight, cut along that
-                 axis over the mesh axis "data", for the products above
+                 axis over the mesh axis "data", for the products above (gate and up: (..., K, 2 F))
     dispatch:    jaxfp8.dispatch, in the precision in which tokens travel
     """
 
     linear: Callable[..., Array]
-    ragged_dot: Callable[..., Array]
+    mlp: Callable[..., Array]
+    ragged_mlp: Callable[..., Array]
     gather: Callable[[Array, int], Any]
     dispatch: Callable[..., Any]
 
@@ -76,8 +79,21 @@ def bf16_products() -> Products:
         w = w.astype(jnp.bfloat16)
         return jax.lax.ragged_dot(x, w, sizes, preferred_element_type=dtype)
 
+    def mlp(x, gate_up, down, dtype=jnp.bfloat16):
+        hidden = linear(x, gate_up.reshape(x.shape[-1], -1))
+        return linear(swiglu(hidden), down, dtype)
+
+    def ragged_mlp(x, gate_up, down, sizes, dtype=jnp.bfloat16):
+        hidden = ragged_dot(x, gate_up.reshape(-1, x.shape[-1], 2 * down.shape[-2]), sizes)
+        return ragged_dot(swiglu(hidden), down, sizes, dtype)
+
     dispatch = functools.partial(jaxfp8.dispatch, quantized=False)
-    return Products(linear, ragged_dot, gather, dispatch)
+    return Products(linear, mlp, ragged_mlp, gather, dispatch)
+
+
+def swiglu(gate_up: Array) -> Array:
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    return jax.nn.silu(gate) * up
 
 
 def fp8_products(recipe: jaxfp8.Recipe) -> Products:
@@ -88,11 +104,16 @@ def fp8_products(recipe: jaxfp8.Recipe) -> Products:
     def linear(x, w, dtype=jnp.bfloat16):
         return jaxfp8.linear(x, w, recipe=recipe, preferred_element_type=dtype)
 
-    def ragged_dot(x, w, sizes, dtype=jnp.bfloat16):
-        return jaxfp8.ragged_dot(x, w, sizes, recipe=recipe, preferred_element_type=dtype)
+    def mlp(x, gate_up, down, dtype=jnp.bfloat16):
+        return jaxfp8.mlp(x, gate_up, down, recipe=recipe, preferred_element_type=dtype)
+
+    def ragged_mlp(x, gate_up, down, sizes, dtype=jnp.bfloat16):
+        return jaxfp8.ragged_mlp(
+            x, gate_up, down, sizes, recipe=recipe, preferred_element_type=dtype
+        )
 
     dispatch = functools.partial(jaxfp8.dispatch, recipe=recipe)
-    return Products(linear, ragged_dot, gather, dispatch)
+    return Products(linear, mlp, ragged_mlp, gather, dispatch)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -179,9 +200,12 @@ def rotate(x: Array) -> Array:
 
 
 def part_of(p: Params, name: str, products: Products, parallel: Parallel) -> Any:
-    """A layer's matrix (K, N), or experts (G, K, N): all rows and columns that this device uses."""
+    """A layer's matrix (K, N), or experts (G, K, N): all rows and columns that this device uses.
+
+    Matrices side by side (K, n, N) become one (K, n N), except for a gate and up that are not cut.
+    """
     w = p[name]
-    if name in ("qkv", "gate_up"):
+    if name == "qkv" or (name == "gate_up" and parallel.fsdp):
         w = w.reshape(*w.shape[:-2], -1)
     return products.gather(w, max(FSDP_AXIS[name], -2)) if parallel.fsdp else w
 
@@ -196,19 +220,14 @@ def attention(x: Array, p: Params, model: Model, products: Products, parallel: P
         y = jax.nn.dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
     with jax.named_scope("out"):
         w = part_of(p, "out", products, parallel)
-        return linear_by_parts(y.reshape(batch, length, -1), w, products, parallel)
+        return by_parts(products.linear, y.reshape(batch, length, -1), w, parallel=parallel)
 
 
-def linear_by_parts(x: Array, w: Any, products: Products, parallel: Parallel) -> Array:
-    """A product whose contraction is cut over the axis "model"."""
+def by_parts(product: Callable[..., Array], x: Array, *rest: Any, parallel: Parallel) -> Array:
+    """A product, of which each device of the axis "model" has some heads or hidden units."""
     if parallel.model == 1:
-        return products.linear(x, w)
-    return parallel.sum_parts(products.linear(x, w, dtype=jnp.float32)).astype(x.dtype)
-
-
-def swiglu(gate_up: Array) -> Array:
-    gate, up = jnp.split(gate_up, 2, axis=-1)
-    return jax.nn.silu(gate) * up
+        return product(x, *rest)
+    return parallel.sum_parts(product(x, *rest, dtype=jnp.float32)).astype(x.dtype)
 
 
 def feed_forward(
@@ -217,11 +236,9 @@ def feed_forward(
     """The layer's output and its balance loss, which is zero for a dense layer."""
     if model.experts:
         return mixture_of_experts(x, p, model, products, parallel)
-    with jax.named_scope("gate_up"):
-        gate_up = products.linear(x, part_of(p, "gate_up", products, parallel))
-    with jax.named_scope("down"):
-        w = part_of(p, "down", products, parallel)
-        return linear_by_parts(swiglu(gate_up), w, products, parallel), jnp.float32(0)
+    with jax.named_scope("feed_forward"):
+        weights = (part_of(p, name, products, parallel) for name in ("gate_up", "down"))
+        return by_parts(products.mlp, x, *weights, parallel=parallel), jnp.float32(0)
 
 
 def mixture_of_experts(
@@ -263,15 +280,9 @@ def experts_of(
     rows: Array, group_sizes: Array, p: Params, products: Products, parallel: Parallel
 ) -> Array:
     """The SwiGLU of each group of rows, by its expert."""
-    with jax.named_scope("gate_up"):
-        w = part_of(p, "gate_up", products, parallel)
-        gate_up = products.ragged_dot(rows, w, group_sizes)
-    with jax.named_scope("down"):
-        w = part_of(p, "down", products, parallel)
-        if parallel.model == 1:
-            return products.ragged_dot(swiglu(gate_up), w, group_sizes)
-        y = products.ragged_dot(swiglu(gate_up), w, group_sizes, dtype=jnp.float32)
-        return parallel.sum_parts(y).astype(rows.dtype)
+    with jax.named_scope("feed_forward"):
+        weights = (part_of(p, name, products, parallel) for name in ("gate_up", "down"))
+        return by_parts(products.ragged_mlp, rows, *weights, group_sizes, parallel=parallel)
 
 
 def permute(rows: Array, order: Array) -> Array:
@@ -572,7 +583,7 @@ class Run:
 
 STRIDE = 5  # steps that one model takes before the other has its turn
 PROMPTS = (b"import ", b"def ", b"class ", b"    return ")
-PRODUCT_NAMES = ("qkv", "attention", "out", "router", "gate_up", "down", "head")
+PRODUCT_NAMES = ("qkv", "attention", "out", "router", "feed_forward", "head")
 
 
 def train(

@@ -5,6 +5,7 @@ import contextlib
 import jax
 from jax.interpreters import mlir
 
+import jaxfp8.kernels.activation
 import jaxfp8.kernels.gemm
 import jaxfp8.kernels.grouped_gemm
 import jaxfp8.kernels.quantize  # noqa: F401  fills LEAVES, which jaxfp8 loads lazily

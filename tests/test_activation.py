@@ -114,6 +114,34 @@ def test_scan_and_remat_change_nothing():
             oracle.assert_close(a, b, FLIPS)
 
 
+@pytest.mark.parametrize("which", ["both", "up", "down"])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("groups", [(), (2,)], ids=["dense", "ragged"])
+def test_weights_quantized_ahead_have_the_bits_of_those_quantized_here(which, gated, groups):
+    (x, dy), (w_up, w_down) = tokens(70, 96, 72), weights(96, 128, 72, gated, groups)
+
+    def f(x, w_up, w_down, ahead):
+        if ahead and which != "down":
+            w_up = jaxfp8.prequantize(w_up.reshape(*groups, 96, -1))
+        if ahead and which != "up":
+            w_down = jaxfp8.prequantize(w_down)
+        if groups:
+            return jaxfp8.ragged_mlp(x, w_up, w_down, jnp.array([30, 40]))
+        return jaxfp8.mlp(x, w_up, w_down)
+
+    got, want = (run(f, x, w_up, w_down, dy, ahead=ahead) for ahead in (True, False))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_hidden_layer_is_bfloat16_if_the_tokens_are():
+    (x, _), (w_up, w_down) = tokens(64, 96, 72), weights(96, 128, 72, True)
+    for dtype in (jnp.bfloat16, jnp.float32):
+        jaxpr = jax.make_jaxpr(lambda x: jax.vjp(jaxfp8.mlp, x, w_up, w_down))(x.astype(dtype))
+        assert (dtype, (64, 2, 128)) in [(v.dtype, v.shape) for v in jaxpr.out_avals]
+        assert jaxpr.out_avals[0].dtype == jnp.float32
+
+
 UP, DOWN = np.zeros((96, 2, 128), np.float32), np.zeros((128, 72), np.float32)
 BAD = {
     "activation": (lambda x: jaxfp8.mlp(x, UP, DOWN, activation="relu"), "activation is 'relu'"),
@@ -121,6 +149,24 @@ BAD = {
     "halves": (lambda x: jaxfp8.mlp(x, UP[:, :1], DOWN), "w_up has shape"),
     "K": (lambda x: jaxfp8.mlp(x, UP[:5], DOWN), "w_up has K=5 but x has K=96"),
     "F": (lambda x: jaxfp8.mlp(x, UP, DOWN[:5]), "w_down has F=5 but w_up has F=128"),
+    "x": (lambda x: jaxfp8.mlp(x[0, 0], UP, DOWN), r"x has shape \(\)"),
+    "w_down": (lambda x: jaxfp8.mlp(x, UP, DOWN[0]), "w_down has shape"),
+    "out_sharding": (
+        lambda x: jaxfp8.mlp(x, UP, DOWN, out_sharding=jax.P(None, None, "d")),
+        "mlp: out_sharding .* names 3 dimensions; the result has 2",
+    ),
+    "F of a quantized weight": (
+        lambda x: jaxfp8.mlp(x, UP[..., :96], jaxfp8.prequantize(DOWN[:96])),
+        "w_down has F=96; allowed beside a QuantizedWeight: a multiple of 128",
+    ),
+    "quantized weights that do not fit": (
+        lambda x: jaxfp8.mlp(x, jaxfp8.prequantize(UP[:, 0, :100]), DOWN),
+        "w_down has F=128 but w_up has F=100",
+    ),
+    "quantized weight of another rank": (
+        lambda x: jaxfp8.mlp(x, jaxfp8.prequantize(UP), DOWN),
+        r"w_up has shape \(96, 2, 128\)",
+    ),
     "groups": (
         lambda x: jaxfp8.ragged_mlp(x, np.stack([UP] * 2), DOWN[None], np.array([1, 2])),
         "w_down has G=1 but w_up has G=2",
@@ -130,6 +176,33 @@ BAD = {
         "group_sizes has G=2 but w_up has G=1",
     ),
 }
+
+
+BAD_TYPES = {
+    "x": (lambda x: jaxfp8.mlp(x.astype(int), UP, DOWN), "mlp: x has dtype int32"),
+    "w_up": (lambda x: jaxfp8.mlp(x, [1.0], DOWN), "mlp: w_up is a list"),
+    "w_down": (lambda x: jaxfp8.mlp(x, UP, None), "mlp: w_down is a NoneType"),
+    "recipe": (lambda x: jaxfp8.mlp(x, UP, DOWN, recipe={}), "mlp: recipe is {}"),
+    "preferred_element_type": (
+        lambda x: jaxfp8.mlp(x, UP, DOWN, preferred_element_type=jnp.int32),
+        "mlp: preferred_element_type is int32",
+    ),
+    "out_sharding": (
+        lambda x: jaxfp8.mlp(x, UP, DOWN, out_sharding="data"),
+        "mlp: out_sharding is 'data'",
+    ),
+    "group_sizes": (
+        lambda x: jaxfp8.ragged_mlp(x, UP[None], DOWN[None], np.zeros(1, np.float32)),
+        "ragged_mlp: group_sizes has dtype float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TYPES)
+def test_a_wrong_type_is_refused_by_name(case):
+    f, message = BAD_TYPES[case]
+    with pytest.raises(TypeError, match=message):
+        f(np.zeros((4, 96), np.float32))
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
+import math
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -15,6 +18,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 import jaxfp8
+from jaxfp8 import _ffi
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -128,12 +132,13 @@ def test_the_layers_products_run_in_fp8_and_the_others_in_high_precision(finishe
     out, flags = finished
     summary = read(out, "summary.json")
     router = ["router"] if "--moe" in flags else []
-    assert sorted(summary["fp8_products"]) == ["down", "gate_up", "out", "qkv"]
+    assert sorted(summary["fp8_products"]) == ["feed_forward", "out", "qkv"]
     assert sorted(summary["high_precision_products"]) == sorted(["attention", "head", *router])
     for product in summary["products"]:
         if product["name"] in summary["fp8_products"]:
             assert product["forward"] == product["backward"] == ["e4m3 x e4m3"]
-            assert product["count"] == 2 * 3  # layers x (forward, dgrad, wgrad)
+            matrices = 2 if product["name"] == "feed_forward" else 1
+            assert product["count"] == 2 * 3 * matrices  # layers x (forward, dgrad, wgrad)
 
 
 def check_resuming(out: pathlib.Path, flags: list[str], tmp_path: pathlib.Path) -> None:
@@ -235,8 +240,98 @@ def test_the_bf16_model_has_no_fp8_product_and_rounds_operands_to_bfloat16():
         )
         assert not any(map(report.is_fp8, products))
         for product in products:
-            if product["name"] in ("qkv", "out", "gate_up", "down"):
+            if product["name"] in ("qkv", "out", "feed_forward"):
                 assert product["forward"] == product["backward"] == ["bf16 x bf16"]
+
+
+# In each of the two layers: qkv, out, and the SwiGLU.
+STEP_CALLS = {
+    "dense": {
+        "quantize_both": 6,  # inputs and cotangents of qkv, out and the SwiGLU
+        "quantize_weight": 4,
+        "gemm_1d2d": 8,  # forward and dgrad
+        "gemm_1d1d": 4,  # wgrad
+        "activation_both": 1,
+        "activation_grad_both": 1,
+    },
+    "moe": {
+        "quantize_both": 4,
+        "quantize_weight": 4,
+        "gemm_1d2d": 4,
+        "gemm_1d1d": 2,
+        "quantize_ragged_both": 2,
+        "grouped_gemm": 4,
+        "grouped_wgrad_gemm": 2,
+        "activation_ragged_both": 1,
+        "activation_ragged_grad_both": 1,
+    },
+}
+
+
+@pytest.mark.skipif(not _ffi.images(), reason="this build of jaxfp8 holds no CUDA kernels")
+@pytest.mark.parametrize("kind", STEP_CALLS)
+def test_a_train_step_for_cuda_has_these_kernels_and_no_other_product_of_a_layers_matrices(kind):
+    settings, _ = train_lm.parse_arguments(["--tiny", *(["--moe"] if kind == "moe" else [])])
+    run = train_lm.Run("fp8", train_lm.fp8_products(settings.recipe), settings)
+    windows = np.zeros((settings.batch, settings.sequence + 1), np.int32)
+    traced = jax.jit(run._step).trace(run.state, windows)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    # Both layers are one body of a loop, forward and backward.
+    calls = collections.Counter(re.findall(r"custom_call @jaxfp8_(\w+)_v1\(", text))
+    assert calls == STEP_CALLS[kind]
+    assert "ragged_dot" not in text
+
+    products = collections.Counter()
+    for line in text.splitlines():
+        if re.search(r"stablehlo\.dot(_general)?\b", line):
+            operands = re.findall(r"tensor<([\dx]+)x\w+>", line.rsplit(" : ", 1)[1])
+            sizes = frozenset(math.prod(map(int, x.split("x"))) for x in operands)
+            products["attention" if "batching_dims" in line else sizes] += 1
+    tokens, width = settings.batch * settings.sequence, settings.model.width
+    kept = {"attention": 6, frozenset({tokens * width, width * 256, tokens * 256}): 3}  # head
+    if kind == "moe":
+        kept[frozenset({tokens * width, width * 4, tokens * 4})] = 3  # router
+    assert products == kept
+
+
+@pytest.mark.parametrize("kind", STEP_CALLS)
+def test_the_fused_swiglu_trains_as_the_explicit_operations(kind):
+    key = jax.random.split(jax.random.key(0), 4)
+    groups = (3,) if kind == "moe" else ()
+    x = jax.random.normal(key[0], (160, 128)).astype(jnp.bfloat16)
+    dy = jax.random.normal(key[1], (160, 128)).astype(jnp.bfloat16)
+    gate_up = jax.random.normal(key[2], (*groups, 128, 2, 256)) / 128**0.5
+    down = jax.random.normal(key[3], (*groups, 256, 128)) / 16
+    products = train_lm.fp8_products(jaxfp8.Recipe())
+    sizes = jnp.array([50, 0, 110])
+
+    def fused(x, gate_up, down):
+        if groups:
+            return products.ragged_mlp(x, gate_up, down, sizes)
+        return products.mlp(x, gate_up, down)
+
+    def explicit(x, gate_up, down):
+        def product(x, w, dtype):
+            if groups:
+                return jaxfp8.ragged_dot(x, w, sizes, preferred_element_type=dtype)
+            return products.linear(x, w, dtype)
+
+        hidden = product(x, gate_up.reshape(*groups, 128, -1), jnp.bfloat16).astype(jnp.float32)
+        return product(train_lm.swiglu(hidden), down, jnp.bfloat16)
+
+    def results(f):
+        y, pull = jax.vjp(f, x, gate_up, down)
+        return [np.asarray(v, np.float64) for v in (y, *pull(dy))]
+
+    # y differs where two exponentials round to two FP8 numbers. The gradient of the activation is bfloat16 when fused:
+    # a value that moves by 2**-9 crosses to the next FP8 number, 2**-3 away, in one case of 2**6, as does its block's
+    # largest, which decides the scale of all.
+    flips = (2 * 2.0**-9 * 2.0**-3) ** 0.5
+    bounds = (2e-3, flips, flips, 2e-3)
+    results = [results(jax.jit(f)) for f in (fused, explicit)]
+    for got, want, bound in zip(*results, bounds, strict=True):
+        assert np.isfinite(got).all()
+        assert np.linalg.norm(got - want) < bound * np.linalg.norm(want)
 
 
 # ------------------------------------------------------------------------------------------------

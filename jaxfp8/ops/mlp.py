@@ -31,8 +31,9 @@ from ..kernels import quantize as qt
 from ..kernels.activation import ACTIVATIONS, TWO, gated
 from ..kernels.gemm import gemm_kernel, product
 from ..kernels.grouped_gemm import grouped_kernel, grouped_product, grouped_wgrad_kernel
-from ._dot import out_spec, sum_to
+from ._dot import out_spec, quantized_weight, sum_to, weight_dims
 from ._residuals import PRE_ACTIVATION_NAME, load, save
+from .prequantize import parts, prequantize
 
 # --------------------------------------------------------------------------------------------------
 # Kernels of gate and up: the same products and the same quantizer, where both are one f
@@ -60,8 +61,21 @@ def _up_scale_dims(dims):
     return tuple(d + "/" if d in ("k", "f") else d for d in dims)
 
 
-def _quantize_up(w, dims, fmt: qt.Format):
-    """w_up (..., k, [two,] f) in both orientations, with 128x128 blocks of k and f."""
+def _quantized_up_dims(dims):
+    """Dimensions of what `quantized` gives of w_up: data and scales of (..., [two,] f, k), then of w_up's own order."""
+    nt = _up_dims(dims)
+    return nt, _up_scale_dims(nt), dims, _up_scale_dims(dims)
+
+
+def _quantize_up(w, dims, quantized, fmt: qt.Format):
+    """w_up (..., k, [two,] f) in both orientations, with 128x128 blocks of k and f; quantized here, or ahead."""
+    if quantized:
+        nt, nt_scale, nn, nn_scale = quantized
+        nt_dims, nt_scale_dims, _, nn_scale_dims = _quantized_up_dims(dims)
+        return (
+            qt.Named(qt.QuantizedArray(nt, nt_scale, qt.SQUARE), nt_dims, nt_scale_dims),
+            qt.Named(qt.QuantizedArray(nn, nn_scale, qt.SQUARE), dims, nn_scale_dims),
+        )
     if TWO not in dims:
         return qt.weight(w, dims, fmt)
     nt = _up_dims(dims)
@@ -74,10 +88,30 @@ def _quantize_up(w, dims, fmt: qt.Format):
     )
 
 
-def _hidden_dtype(call: Call):
-    """Of h: bfloat16 if the result is, else float32."""
-    bf16 = np.dtype(jnp.bfloat16)
-    return bf16 if call.get("out_dtype") == bf16 else np.dtype(np.float32)
+def _weights(w_up, w_down, quantized, call: Call):
+    """Both orientations of both weights: of w_up, then of w_down.
+
+    `quantized`: data and scale of each orientation of each, if they were quantized ahead.
+    """
+    fmt = qt.forward_format(call.get("recipe"))
+    up = _quantize_up(w_up, call.ins[1], quantized[:4], fmt)
+    return *up, *quantized_weight(w_down, call.ins[2], quantized[4:], fmt)
+
+
+def _load_weights(saved_up, saved_down, quantized, call: Call):
+    """The orientations of the input gradients' products. `quantized`: types of those quantized ahead."""
+    up_dims, down_dims = call.ins[1:3]
+    here = qt.forward_format(call.get("recipe")).dtype
+    up, down = (quantized[2].dtype, quantized[6].dtype) if quantized else (here, here)
+    return (
+        load(saved_up, up, up_dims, _up_scale_dims(up_dims), qt.SQUARE),
+        load(saved_down, down, down_dims, down_dims[:-2] + ("f/", "n/"), qt.SQUARE),
+    )
+
+
+def _weight_operands(first):
+    """Positions of each weight and of its quantized copies, of which the first is at `first`."""
+    return (1, *range(first, first + 4)), (2, *range(first + 4, first + 8))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -87,7 +121,7 @@ def _hidden_dtype(call: Call):
 
 def _lead(call: Call):
     """The leading dimensions of h: those that x or w_up has."""
-    x_dims, up_dims, _ = call.ins
+    x_dims, up_dims = call.ins[:2]
     return tuple(d for d in call.outs[0][:-1] if d in x_dims or d in up_dims)
 
 
@@ -106,7 +140,7 @@ def _down_tokens(call: Call):
 
 def _hidden(x_rows, up_nt, call: Call):
     num_sms = call.get("recipe").num_sms
-    dims, dtype = _hidden_dims(call), _hidden_dtype(call)
+    dims, dtype = _hidden_dims(call), call.get("hidden_dtype")
     return product(x_rows, up_nt, dims, dtype, num_sms=num_sms, kernel=gated_gemm_kernel)
 
 
@@ -115,32 +149,29 @@ def _result(rows, down_nt, call: Call):
     return [product(rows, down_nt, call.outs[0], dtype, num_sms=num_sms, wanted=call.wanted)]
 
 
-def _mlp_body(x, w_up, w_down, *, call: Call):
-    x_dims, up_dims, down_dims = call.ins
+def _mlp_body(x, w_up, w_down, *quantized, call: Call):
     fmt = qt.forward_format(call.get("recipe"))
-    up_nt, _ = _quantize_up(w_up, up_dims, fmt)
-    down_nt, _ = qt.weight(w_down, down_dims, fmt)
-    h = _hidden(qt.rows(x, x_dims, fmt), up_nt, call)
+    up_nt, _, down_nt, _ = _weights(w_up, w_down, quantized, call)
+    h = _hidden(qt.rows(x, call.ins[0], fmt), up_nt, call)
     rows = act.activation_rows(h, _hidden_dims(call), fmt, call.get("activation"))
     return _result(rows, down_nt, call)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _mlp(call: Call, types, x, w_up, w_down):
-    return _mlp_body(x, w_up, w_down, call=call)
+def _mlp(call: Call, types, x, w_up, w_down, *quantized):
+    return _mlp_body(x, w_up, w_down, *quantized, call=call)
 
 
-def _mlp_fwd(call: Call, types, x, w_up, w_down):
-    x_dims, up_dims, down_dims = call.ins
+def _mlp_fwd(call: Call, types, x, w_up, w_down, *quantized):
     fmt = qt.forward_format(call.get("recipe"))
-    up_nt, up_nn = _quantize_up(w_up, up_dims, fmt)
-    down_nt, down_nn = qt.weight(w_down, down_dims, fmt)
-    x_rows, x_columns = qt.rows_and_columns(x, x_dims, _up_tokens(call), fmt)
+    up_nt, up_nn, down_nt, down_nn = _weights(w_up, w_down, quantized, call)
+    x_rows, x_columns = qt.rows_and_columns(x, call.ins[0], _up_tokens(call), fmt)
     h = checkpoint_name(_hidden(x_rows, up_nt, call), PRE_ACTIVATION_NAME)
     rows, columns = act.activation_rows_and_columns(
         h, _hidden_dims(call), _down_tokens(call), fmt, call.get("activation")
     )
-    residuals = save(up_nn), save(down_nn), save(x_columns), save(columns), h
+    weights = (save(w, named=not quantized) for w in (up_nn, down_nn))
+    residuals = *weights, save(x_columns), save(columns), h
     return _result(rows, down_nt, call), residuals
 
 
@@ -153,14 +184,13 @@ def _columns_of(saved, dtype, batch, last, tokens_like: qt.Named):
 
 
 def _mlp_bwd(call: Call, types, residuals, cotangents):
-    (x_dims, up_dims, down_dims), (out,) = call.ins, call.outs
+    (x_dims, up_dims, down_dims), (out,) = call.ins[:3], call.outs
     recipe: Recipe = call.get("recipe")
     forward, gradient = qt.forward_format(recipe), qt.gradient_format(recipe)
-    (x_type, up_type, down_type), (dy,) = types, cotangents
-    saved_up, saved_down, saved_x, saved_columns, h = residuals
+    (x_type, up_type, down_type, *quantized), (dy,) = types, cotangents
+    *saved_weights, saved_x, saved_columns, h = residuals
     lead, h_dims = _lead(call), _hidden_dims(call)
-    up_nn = load(saved_up, forward.dtype, up_dims, _up_scale_dims(up_dims), qt.SQUARE)
-    down_nn = load(saved_down, forward.dtype, down_dims, down_dims[:-2] + ("f/", "n/"), qt.SQUARE)
+    up_nn, down_nn = _load_weights(*saved_weights, quantized, call)
     multiply = functools.partial(product, num_sms=recipe.num_sms)
 
     # A weight-only batch dimension is summed here; every other sum is a contraction of the kernel.
@@ -168,7 +198,7 @@ def _mlp_bwd(call: Call, types, residuals, cotangents):
     dy_rows, dy_columns = qt.rows_and_columns(dy, out, tokens, gradient)
     da_dims = lead + ("f",)
     wanted = tuple(w for w in explicit_axes(jax.typeof(h), h_dims) if w[0] != TWO)
-    da = multiply(dy_rows, down_nn, out[:-1] + ("f",), _hidden_dtype(call), wanted=wanted)
+    da = multiply(dy_rows, down_nn, out[:-1] + ("f",), call.get("hidden_dtype"), wanted=wanted)
     da = sum_to(da, out[:-1] + ("f",), da_dims)
 
     batch = tuple(d for d in lead if d in down_dims)
@@ -188,7 +218,12 @@ def _mlp_bwd(call: Call, types, residuals, cotangents):
     x_columns = _columns_of(saved_x, forward.dtype, batch, ("k",), dh_columns)
     wanted = explicit_axes(up_type, up_dims)
     dw_up = multiply(x_columns, dh_columns, up_dims, up_type.dtype, wanted=wanted)
-    return like_primal(dx, x_type), like_primal(dw_up, up_type), like_primal(dw_down, down_type)
+    return (
+        like_primal(dx, x_type),
+        like_primal(dw_up, up_type),
+        like_primal(dw_down, down_type),
+        *(None for _ in quantized),
+    )
 
 
 _mlp.defvjp(_mlp_fwd, _mlp_bwd)
@@ -196,6 +231,7 @@ _mlp.defvjp(_mlp_fwd, _mlp_bwd)
 mlp_operation = Operation(
     "jaxfp8_mlp",
     _mlp_body,
+    together=_weight_operands(3),
     derivative=lambda call, *arrays: _mlp(call, tuple(map(jax.typeof, arrays)), *arrays),
 )
 
@@ -211,12 +247,12 @@ def _ragged_product(kernel, lhs, rhs, sizes, call: Call, out, out_dtype):
 
 
 def _ragged_hidden(x_rows, up_nt, sizes, call: Call):
-    dims, dtype = _hidden_dims_ragged(call), _hidden_dtype(call)
+    dims, dtype = _hidden_dims_ragged(call), call.get("hidden_dtype")
     return _ragged_product(gated_grouped_kernel, x_rows, up_nt, sizes, call, dims, dtype)
 
 
 def _hidden_dims_ragged(call: Call):
-    x_dims, up_dims, _, sizes_dims = call.ins
+    x_dims, up_dims, _, sizes_dims = call.ins[:4]
     new = (*x_dims[:-2], *up_dims[: up_dims.index("g")], *sizes_dims[:-1])
     lead = tuple(d for d in call.outs[0][:-2] if d in new)
     return lead + ("m",) + up_dims[up_dims.index("k") + 1 :]
@@ -227,45 +263,42 @@ def _ragged_result(rows, down_nt, sizes, call: Call):
     return [_ragged_product(grouped_kernel, rows, down_nt, sizes, call, out, dtype)]
 
 
-def _ragged_body(x, w_up, w_down, sizes, *, call: Call):
-    x_dims, up_dims, down_dims, _ = call.ins
+def _ragged_body(x, w_up, w_down, sizes, *quantized, call: Call):
     fmt = qt.forward_format(call.get("recipe"))
-    up_nt, _ = _quantize_up(w_up, up_dims, fmt)
-    down_nt, _ = qt.weight(w_down, down_dims, fmt)
-    h = _ragged_hidden(qt.rows(x, x_dims, fmt), up_nt, sizes, call)
+    up_nt, _, down_nt, _ = _weights(w_up, w_down, quantized, call)
+    h = _ragged_hidden(qt.rows(x, call.ins[0], fmt), up_nt, sizes, call)
     rows = act.activation_rows(h, _hidden_dims_ragged(call), fmt, call.get("activation"))
     return _ragged_result(rows, down_nt, sizes, call)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _ragged_mlp(call: Call, types, x, w_up, w_down, sizes):
-    return _ragged_body(x, w_up, w_down, sizes, call=call)
+def _ragged_mlp(call: Call, types, x, w_up, w_down, sizes, *quantized):
+    return _ragged_body(x, w_up, w_down, sizes, *quantized, call=call)
 
 
-def _ragged_fwd(call: Call, types, x, w_up, w_down, sizes):
-    x_dims, up_dims, down_dims, sizes_dims = call.ins
+def _ragged_fwd(call: Call, types, x, w_up, w_down, sizes, *quantized):
+    x_dims, _, _, sizes_dims = call.ins[:4]
     fmt = qt.forward_format(call.get("recipe"))
-    up_nt, up_nn = _quantize_up(w_up, up_dims, fmt)
-    down_nt, down_nn = qt.weight(w_down, down_dims, fmt)
+    up_nt, up_nn, down_nt, down_nn = _weights(w_up, w_down, quantized, call)
     x_rows, x_columns = qt.ragged_rows_and_columns(x, x_dims, sizes, sizes_dims, fmt)
     h = checkpoint_name(_ragged_hidden(x_rows, up_nt, sizes, call), PRE_ACTIVATION_NAME)
     rows, columns = act.ragged_activation(
         h, _hidden_dims_ragged(call), sizes, sizes_dims, fmt, call.get("activation")
     )
-    residuals = save(up_nn), save(down_nn), save(x_columns), save(columns), h, sizes
+    weights = (save(w, named=not quantized) for w in (up_nn, down_nn))
+    residuals = *weights, save(x_columns), save(columns), h, sizes
     return _ragged_result(rows, down_nt, sizes, call), residuals
 
 
 def _ragged_bwd(call: Call, types, residuals, cotangents):
-    (x_dims, up_dims, down_dims, sizes_dims), (out,) = call.ins, call.outs
+    (x_dims, up_dims, down_dims, sizes_dims), (out,) = call.ins[:4], call.outs
     recipe: Recipe = call.get("recipe")
     forward, gradient = qt.forward_format(recipe), qt.gradient_format(recipe)
-    (x_type, up_type, down_type), (dy,) = types, cotangents
-    saved_up, saved_down, saved_x, saved_columns, h, sizes = residuals
+    (x_type, up_type, down_type, _, *quantized), (dy,) = types, cotangents
+    *saved_weights, saved_x, saved_columns, h, sizes = residuals
     h_dims = _hidden_dims_ragged(call)
     lead = h_dims[: h_dims.index("m")]
-    up_nn = load(saved_up, forward.dtype, up_dims, _up_scale_dims(up_dims), qt.SQUARE)
-    down_nn = load(saved_down, forward.dtype, down_dims, down_dims[:-2] + ("f/", "n/"), qt.SQUARE)
+    up_nn, down_nn = _load_weights(*saved_weights, quantized, call)
     multiply = functools.partial(_ragged_product, sizes=sizes, call=call)
 
     def saved_tokens(saved, *dims):
@@ -275,7 +308,7 @@ def _ragged_bwd(call: Call, types, residuals, cotangents):
 
     dy_rows, dy_columns = qt.ragged_rows_and_columns(dy, out, sizes, sizes_dims, gradient)
     dims = out[:-1] + ("f",)
-    da = multiply(grouped_kernel, dy_rows, down_nn, out=dims, out_dtype=_hidden_dtype(call))
+    da = multiply(grouped_kernel, dy_rows, down_nn, out=dims, out_dtype=call.get("hidden_dtype"))
     da = sum_to(da, dims, lead + ("m", "f"))
 
     # The results of a vmapped kernel have every batch dimension; those that a weight lacks are summed.
@@ -305,6 +338,7 @@ def _ragged_bwd(call: Call, types, residuals, cotangents):
         like_primal(dw_up, up_type),
         like_primal(dw_down, down_type),
         None,
+        *(None for _ in quantized),
     )
 
 
@@ -313,7 +347,8 @@ _ragged_mlp.defvjp(_ragged_fwd, _ragged_bwd)
 ragged_operation = Operation(
     "jaxfp8_ragged_mlp",
     _ragged_body,
-    derivative=lambda call, *arrays: _ragged_mlp(call, tuple(map(jax.typeof, arrays[:3])), *arrays),
+    together=_weight_operands(4),
+    derivative=lambda call, *arrays: _ragged_mlp(call, tuple(map(jax.typeof, arrays)), *arrays),
 )
 
 
@@ -322,20 +357,28 @@ ragged_operation = Operation(
 # --------------------------------------------------------------------------------------------------
 
 
-def _check(function, x, w_up, w_down, activation, preferred_element_type, groups=""):
-    """The operands, with F padded to whole blocks, and the result's dtype."""
+def _check(function, x, w_up, w_down, activation, preferred_element_type, recipe, groups=""):
+    """x, both weights with F padded to whole blocks, their quantized copies, dimensions and attributes of the call."""
     if activation not in ACTIVATIONS:
         allowed = ", ".join(map(repr, ACTIVATIONS))
         raise ValueError(f"{function}: activation is {activation!r}; allowed: {allowed}")
     x = checks.array(function, "x", x, "(M, K)" if groups else "(..., K)")
+    quantized_up, quantized_down = (
+        parts(function, name, w) for name, w in (("w_up", w_up), ("w_down", w_down))
+    )
+    w_down = w_down.value if quantized_down else w_down
+    w_down = checks.array(function, "w_down", w_down, f"({groups}F, N)")
     shapes = f"({groups}K, F)", f"({groups}K, 2, F)"
+    if quantized_up:
+        w_up = checks.array(function, "w_up", w_up.value, f"({groups}K, F or 2 F)")
+        if w_up.shape[-1] == 2 * w_down.shape[-2]:
+            w_up = w_up.reshape(*w_up.shape[:-1], 2, w_down.shape[-2])
     w_up = checks.array(function, "w_up", w_up, "(...)")
     at = w_up.ndim - len(shapes[0].split(","))
     if at not in (0, 1) or (at and w_up.shape[-2] != 2):
         raise ValueError(
             f"{function}: w_up has shape {w_up.shape}; allowed: {shapes[0]}, or {shapes[1]}: gate and up"
         )
-    w_down = checks.array(function, "w_down", w_down, f"({groups}F, N)")
     checks.same(function, "K", "x", x.shape[-1], "w_up", w_up.shape[-2 - at])
     checks.same(function, "F", "w_up", w_up.shape[-1], "w_down", w_down.shape[-2])
     if groups:
@@ -346,11 +389,51 @@ def _check(function, x, w_up, w_down, activation, preferred_element_type, groups
         out_dtype = checks.output_dtype(
             function, "preferred_element_type", preferred_element_type, checks.INPUT_DTYPES
         )
+    quantized = ()
+    if quantized_up or quantized_down:
+        quantized = _both_quantized(function, w_up, w_down, quantized_up, quantized_down, recipe)
     # Hidden units without weights: a(0) is 0. Else blocks of gate and of up would not line up in a product over both.
-    if pad := -w_up.shape[-1] % BLOCK:
+    elif pad := -w_up.shape[-1] % BLOCK:
         w_up = jnp.pad(w_up, [(0, 0)] * (w_up.ndim - 1) + [(0, pad)])
         w_down = jnp.pad(w_down, [(0, 0)] * (w_down.ndim - 2) + [(0, pad), (0, 0)])
-    return x, w_up, w_down, np.dtype(out_dtype), (TWO, "f") if at else ("f",)
+    group = ("g",) if groups else ()
+    up_dims = (*group, "k", TWO, "f") if at else (*group, "k", "f")
+    down_dims = (*group, "f", "n")
+    copies = *_quantized_up_dims(up_dims), *weight_dims(down_dims, quantized)
+    bf16 = np.dtype(jnp.bfloat16)
+    attributes = (
+        ("activation", activation),
+        ("out_dtype", np.dtype(out_dtype)),
+        ("hidden_dtype", bf16 if bf16 in (x.dtype, out_dtype) else np.dtype(np.float32)),
+        ("recipe", recipe),
+    )
+    dims = up_dims, down_dims, copies if quantized else ()
+    return x, w_up, w_down, quantized, dims, attributes
+
+
+def _both_quantized(function, w_up, w_down, quantized_up, quantized_down, recipe):
+    """Data and scale of both orientations of both weights, of which one was quantized ahead, or both."""
+    f = w_down.shape[-2]
+    if f % BLOCK:
+        raise ValueError(
+            f"{function}: w_down has F={f}; allowed beside a QuantizedWeight: a multiple of {BLOCK}"
+        )
+    lead = w_down.ndim - 2
+    k, *halves = w_up.shape[lead:-1]
+    if not quantized_up:
+        flat = w_up.reshape(*w_up.shape[:lead], k, -1)
+        quantized_up = parts(function, "w_up", prequantize(flat, recipe=recipe))
+    if not quantized_down:
+        quantized_down = parts(function, "w_down", prequantize(w_down, recipe=recipe))
+    if (
+        halves
+    ):  # (..., 2 F, K) and (..., K, 2 F), each with its scales: both halves are whole blocks
+        nt, nn = quantized_up[:2], quantized_up[2:]
+        quantized_up = (
+            *(v.reshape(*v.shape[:lead], 2, -1, v.shape[-1]) for v in nt),
+            *(v.reshape(*v.shape[:-1], 2, -1) for v in nn),
+        )
+    return *quantized_up, *quantized_down
 
 
 def mlp(
@@ -374,12 +457,13 @@ def mlp(
     **Arguments:**
 
     - `x`: float32, bfloat16 or float16 `(..., K)`.
-    - `w_up`: likewise, `(K, F)`, or `(K, 2, F)` with a gate, `w_up[:, 0]`. (Not `(K, 2 F)`: so F can be sharded.)
-    - `w_down`: likewise, `(F, N)`.
+    - `w_up`: likewise, `(K, F)`, or `(K, 2, F)` with a gate, `w_up[:, 0]`. (Not `(K, 2 F)`: so F can be sharded.) Or a
+      `QuantizedWeight` (see `jaxfp8.prequantize`) of `(K, F)`, or with a gate of `(K, 2 F)`, F a multiple of 128.
+    - `w_down`: likewise, `(F, N)`, or a `QuantizedWeight` of that.
     - `activation`: `"silu"`, or `"gelu"`: the tanh approximation, as `jax.nn.gelu`'s default.
     - `recipe`: a `jaxfp8.Recipe`; None is the one in force.
     - `preferred_element_type`: dtype of the result; None is what x and the weights promote to. The hidden layer, which
-      is kept for the backward pass, is bfloat16 if the result is, else float32.
+      is kept for the backward pass, is bfloat16 if x or the result is, else float32.
     - `out_sharding`: a PartitionSpec or NamedSharding of the result, on meshes with explicit axes.
 
     **Returns:** `(..., N)`. Gradients have the dtypes of their primals.
@@ -387,8 +471,8 @@ def mlp(
     **Raises:** TypeError or ValueError for operands that do not fit.
     """
     recipe = current_recipe("mlp", recipe)
-    x, w_up, w_down, out_dtype, hidden = _check(
-        "mlp", x, w_up, w_down, activation, preferred_element_type
+    x, w_up, w_down, quantized, (up_dims, down_dims, copies), attributes = _check(
+        "mlp", x, w_up, w_down, activation, preferred_element_type, recipe
     )
     spec = out_spec("mlp", out_sharding, x.ndim)
     with jax.named_scope("jaxfp8.mlp"):
@@ -398,10 +482,9 @@ def mlp(
             spec = None if spec is None else ((), *spec)
         tokens = tuple(f"m{i}" for i in range(x.ndim - 1))
         out = (*tokens, "n")
-        attributes = (("activation", activation), ("out_dtype", out_dtype), ("recipe", recipe))
         wanted = () if spec is None else tuple(zip(out, spec, strict=True))
-        ins = ((*tokens, "k"), ("k", *hidden), ("f", "n"))
-        (y,) = mlp_operation(x, w_up, w_down, call=Call(ins, (out,), attributes, wanted))
+        call = Call(((*tokens, "k"), up_dims, down_dims, *copies), (out,), attributes, wanted)
+        (y,) = mlp_operation(x, w_up, w_down, *quantized, call=call)
         y = place(y, spec)
         return y[0] if vector else y
 
@@ -424,8 +507,8 @@ def ragged_mlp(
     **Arguments:** as `mlp`, but
 
     - `x`: tokens sorted by group, `(M, K)`.
-    - `w_up`: `(G, K, F)`, or `(G, K, 2, F)` with a gate.
-    - `w_down`: `(G, F, N)`.
+    - `w_up`: `(G, K, F)`, or `(G, K, 2, F)` with a gate, or a `QuantizedWeight` of `(G, K, F)` or `(G, K, 2 F)`.
+    - `w_down`: `(G, F, N)`, or a `QuantizedWeight` of that.
     - `group_sizes`: int32 `(G,)`, rows of each group. Negative counts as zero; groups are clipped to M.
 
     **Returns:** `(M, N)`. Rows past the last group are zero and contribute nothing to gradients; empty groups have
@@ -435,14 +518,14 @@ def ragged_mlp(
     """
     function = "ragged_mlp"
     recipe = current_recipe(function, recipe)
-    x, w_up, w_down, out_dtype, hidden = _check(
-        function, x, w_up, w_down, activation, preferred_element_type, "G, "
+    x, w_up, w_down, quantized, (up_dims, down_dims, copies), attributes = _check(
+        function, x, w_up, w_down, activation, preferred_element_type, recipe, "G, "
     )
     sizes = checks.group_sizes(function, "group_sizes", group_sizes)
     checks.same(function, "G", "w_up", w_up.shape[0], "group_sizes", sizes.shape[0])
     spec = out_spec(function, out_sharding, 2)
-    attributes = (("activation", activation), ("out_dtype", out_dtype), ("recipe", recipe))
-    ins = (("m", "k"), ("g", "k", *hidden), ("g", "f", "n"), ("g",))
+    ins = (("m", "k"), up_dims, down_dims, ("g",), *copies)
+    call = Call(ins, (("m", "n"),), attributes)
     with jax.named_scope("jaxfp8.ragged_mlp"):
-        (y,) = ragged_operation(x, w_up, w_down, sizes, call=Call(ins, (("m", "n"),), attributes))
+        (y,) = ragged_operation(x, w_up, w_down, sizes, *quantized, call=call)
         return y if spec is None else jax.sharding.reshard(y, out_sharding)

@@ -19,8 +19,8 @@ from ..kernels.quantize import quantize_weight
 def prequantize(w: Any, *, recipe: Recipe | None = None) -> QuantizedWeight:
     """Quantizes a weight once, for as many products as follow: microbatches, or the devices of an FSDP axis.
 
-    `jaxfp8.linear` and `jaxfp8.ragged_dot` take the result in place of the weight, with the same numbers. Gradients
-    go to the weight as if it had been passed itself. A sharded weight is quantized where its shards live.
+    `jaxfp8.linear`, `ragged_dot`, `mlp` and `ragged_mlp` take the result in place of the weight, with the same numbers.
+    Gradients go to the weight as if it had been passed itself. A sharded weight is quantized where its shards live.
 
     **Arguments:**
 

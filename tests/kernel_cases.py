@@ -148,10 +148,15 @@ def quantizer(kind, shape, *, input_dtype=np.float32, dtype=E4M3, scale_format="
     return lambda: f(x)
 
 
-def ragged_quantizer(groups, k=200, *, input_dtype=jnp.bfloat16):
+def ragged_quantizer(
+    groups, k=200, *, input_dtype=jnp.bfloat16, dtype=E4M3, scale_format="float32"
+):
     m, sizes = GROUPS[groups]
     x, sizes = awkward(m, m, k, dtype=input_dtype), jnp.asarray(sizes, jnp.int32)
-    f = jax.jit(lambda x, sizes: _arrays(*jaxfp8.quantize_both(x, group_sizes=sizes)))
+    recipe = jaxfp8.Recipe(dtype=dtype, scale_format=scale_format)
+    f = jax.jit(
+        lambda x, sizes: _arrays(*jaxfp8.quantize_both(x, group_sizes=sizes, recipe=recipe))
+    )
     return lambda: f(x, sizes)
 
 
@@ -192,7 +197,9 @@ def train_ragged_dot(groups, k=200, n=136, dtype=np.float32):
 # --- activations ----------------------------------------------------------------------------------
 
 
-def activation(kind, shape, name="silu", *, input_dtype=jnp.bfloat16, dtype=E4M3, sizes=None):
+def activation(
+    kind, shape, name="silu", *, input_dtype=jnp.bfloat16, dtype=E4M3, sizes=None, pow2=False
+):
     """An activation kernel on operands whose activation is exact: results must agree to the bit (but zeros' signs)."""
     from jaxfp8.kernels import activation as act
     from tests import oracle_activation
@@ -206,7 +213,7 @@ def activation(kind, shape, name="silu", *, input_dtype=jnp.bfloat16, dtype=E4M3
     if sizes is not None:
         arrays.append(jnp.asarray(sizes, jnp.int32))
     leaf = getattr(act, f"activation_{kind}_leaf")
-    f = jax.jit(lambda *xs: leaf(*xs, activation=name, dtype=np.dtype(dtype), pow2=False))
+    f = jax.jit(lambda *xs: leaf(*xs, activation=name, dtype=np.dtype(dtype), pow2=pow2))
     return lambda: {f"result{i}": v.astype(jnp.float32) for i, v in enumerate(f(*arrays))}
 
 

@@ -9,6 +9,7 @@ import jaxfp8
 from jaxfp8 import _ffi
 from tests import oracle, oracle_activation
 from tests import oracle_gradients as og
+from tests import oracle_quantize as oq
 from tests.emulated_platform import emulated_platform
 
 # A step of FP8 that a platform's exponential takes otherwise, in a few elements of a thousand.
@@ -29,20 +30,34 @@ def tokens(m, k, n):
     )
 
 
-def reference(x, w_up, w_down, dy, activation):
+def reference(x, w_up, w_down, dy, activation, formats=og.DEFAULT):
     """y, dx, dw_up, dw_down in float64, each product of freshly quantized operands."""
+    forward, gradient = formats
     k, *halves, f = w_up.shape
     pad = -f % 128
     flat = np.pad(w_up.reshape(k, -1, f), [(0, 0), (0, 0), (0, pad)])
     f, down = f + pad, np.pad(w_down, [(0, pad), (0, 0)])
-    up_blocks, down_blocks = og.blocks(flat.reshape(k, -1)), og.blocks(down)
-    h = (og.rows(x) @ up_blocks).astype(np.float32).reshape(len(x), -1, f)
+    up_blocks, down_blocks = og.blocks(flat.reshape(k, -1), forward), og.blocks(down, forward)
+    h = (og.rows(x, forward) @ up_blocks).astype(np.float32).reshape(len(x), -1, f)
     a = oracle_activation.activate(h, activation).astype(np.float32)
-    da = (og.rows(dy) @ down_blocks.T).astype(np.float32)
+    da = (og.rows(dy, gradient) @ down_blocks.T).astype(np.float32)
     dh = oracle_activation.gradient(h, da, activation).astype(np.float32).reshape(len(x), -1)
-    dw_up = (og.columns(x) @ og.columns(dh).T).reshape(k, -1, f)[..., : f - pad]
-    dw_down = (og.columns(a) @ og.columns(dy).T)[: f - pad]
-    return og.rows(a) @ down_blocks, og.rows(dh) @ up_blocks.T, dw_up.reshape(w_up.shape), dw_down
+    dw_up = og.columns(x, forward) @ og.columns(dh, gradient).T
+    dw_up = dw_up.reshape(k, -1, f)[..., : f - pad].reshape(w_up.shape)
+    dw_down = (og.columns(a, forward) @ og.columns(dy, gradient).T)[: f - pad]
+    return og.rows(a, forward) @ down_blocks, og.rows(dh, gradient) @ up_blocks.T, dw_up, dw_down
+
+
+def ragged_reference(x, w_up, w_down, dy, sizes, activation, formats=og.DEFAULT):
+    """The same for each group; rows past the last one are zero."""
+    results = [np.zeros(v.shape) for v in (dy, x, w_up, w_down)]
+    for g, (start, size) in enumerate(oq.clipped_groups(sizes, len(x))):
+        if size:
+            part = slice(start, start + size)
+            of_group = reference(x[part], w_up[g], w_down[g], dy[part], activation, formats)
+            for result, at, value in zip(results, (part, part, g, g), of_group, strict=True):
+                result[at] = value
+    return results
 
 
 def run(f, x, w_up, w_down, dy, **options):
@@ -71,17 +86,13 @@ def test_ragged_mlp_is_an_mlp_for_each_group(gated):
     def f(x, w_up, w_down):
         return jaxfp8.ragged_mlp(x, w_up, w_down, jnp.array(sizes), activation="gelu")
 
-    y, dx, dw_up, dw_down = run(f, x, w_up, w_down, dy)
-    start = 0
-    for g, size in enumerate(sizes):
-        part = slice(start, start := start + size)
-        if size == 0:
-            assert not dw_up[g].any() and not dw_down[g].any()
-            continue
-        want = reference(x[part], w_up[g], w_down[g], dy[part], "gelu")
-        for a, b in zip((y[part], dx[part], dw_up[g], dw_down[g]), want, strict=True):
-            oracle.assert_close(a, b, FLIPS)
-    assert not y[start:].any() and not dx[start:].any()
+    got = run(f, x, w_up, w_down, dy)
+    want = ragged_reference(x, w_up, w_down, dy, sizes, "gelu")
+    for a, b in zip(got, want, strict=True):
+        oracle.assert_close(a, b, FLIPS)
+    (y, dx, dw_up, dw_down), end = got, sum(sizes)
+    assert not y[end:].any() and not dx[end:].any()
+    assert not dw_up[1].any() and not dw_down[1].any()
 
 
 def test_vmap_with_shared_weights_is_one_mlp():
@@ -263,3 +274,35 @@ def test_emulated_kernels_train_as_the_portable_lowering(gated, groups):
     for a, b, c in zip(results[0], want, results[1], strict=True):
         np.testing.assert_array_equal(a, c)
         oracle.assert_close(a, b, FLIPS)
+
+
+@needs_kernels
+@pytest.mark.emulated
+@pytest.mark.slow
+@pytest.mark.parametrize("grad_dtype", [oq.E4M3, oq.E5M2], ids=["e4m3", "e5m2"])
+@pytest.mark.parametrize("scale_format", ["float32", "pow2"])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+@pytest.mark.parametrize("sizes", [None, [5, 0, 30, 1]], ids=["dense", "ragged"])
+def test_emulated_kernels_equal_float64_in_every_mode(
+    sizes, activation, gated, scale_format, grad_dtype
+):
+    x, dy = tokens(40, 48, 40)
+    w_up, w_down = weights(48, 72, 40, gated, (len(sizes),) if sizes else ())
+    recipe = jaxfp8.Recipe(scale_format=scale_format, grad_dtype=grad_dtype)
+    pow2 = scale_format == "pow2"
+    formats = og.Formats((oq.E4M3, pow2), (grad_dtype, pow2))
+    options = {"activation": activation, "recipe": recipe}
+    if sizes:
+        f = lambda *arrays, **kw: jaxfp8.ragged_mlp(*arrays, jnp.array(sizes), **kw)  # noqa: E731
+        want = ragged_reference(x, w_up, w_down, dy, sizes, activation, formats)
+    else:
+        f, want = jaxfp8.mlp, reference(x, w_up, w_down, dy, activation, formats)
+    results = []
+    with emulated_platform(num_sms=2) as driver:
+        for driver.seed in (0, 1, 2):
+            results.append(run(f, x, w_up, w_down, dy, **options))
+    for i, b in enumerate(want):
+        oracle.assert_close(results[0][i], b, FLIPS)
+        for other in results[1:]:
+            np.testing.assert_array_equal(results[0][i], other[i])

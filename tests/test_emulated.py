@@ -140,6 +140,48 @@ def test_quantizers_agree_to_the_bit(kind, shape):
     assert_bits_agree(run, seeds=(0, 1))
 
 
+def every_format(test):
+    """Of input, result and scale."""
+    for name, values in (
+        ("scale_format", ["float32", "pow2"]),
+        ("dtype", [cases.E4M3, cases.E5M2]),
+        ("input_dtype", [np.float32, jnp.bfloat16, np.float16]),
+    ):
+        ids = [v if isinstance(v, str) else np.dtype(v).name for v in values]
+        test = pytest.mark.parametrize(name, values, ids=ids)(test)
+    return pytest.mark.slow(test)
+
+
+@every_format
+@pytest.mark.parametrize("kind", ["rows", "blocks", "both", "weight", "ragged"])
+def test_every_format_of_the_quantizers_agrees_to_the_bit(kind, input_dtype, dtype, scale_format):
+    options = {"input_dtype": input_dtype, "dtype": dtype, "scale_format": scale_format}
+    if kind == "ragged":
+        run = cases.ragged_quantizer("129 and 2", 72, **options)
+    else:
+        run = cases.quantizer(kind, (70, 136), **options)
+    assert_bits_agree(run)
+
+
+@every_format
+@pytest.mark.parametrize("halves", [1, 2])
+@pytest.mark.parametrize("kind", ["rows", "both", "grad_both", "ragged_both", "ragged_grad_both"])
+def test_every_format_of_the_activations_agrees_to_the_bit(
+    kind, halves, input_dtype, dtype, scale_format
+):
+    ragged = "ragged" in kind
+    run = cases.activation(
+        kind,
+        (40, halves, 72) if ragged or kind == "rows" else (1, 40, halves, 72),
+        ("silu", "gelu")[halves % 2],
+        input_dtype=input_dtype,
+        dtype=dtype,
+        sizes=[5, 0, 30] if ragged else None,
+        pow2=scale_format == "pow2",
+    )
+    assert_bits_agree(run)
+
+
 @pytest.mark.parametrize("groups", cases.GROUPS)
 def test_ragged_quantizers_agree_to_the_bit(groups):
     assert_bits_agree(cases.ragged_quantizer(groups), seeds=(0, 1))

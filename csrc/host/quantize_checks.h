@@ -65,17 +65,11 @@ inline Grid rows_grid(const char* function, const char* name, int64_t rows, int6
 }
 
 inline const char* in_suffix(const char* function, const char* name_of_array, DType type) {
-  switch (type) {
-    case DType::kBFloat16:
-      return "bf16";
-    case DType::kFloat16:
-      return "f16";
-    case DType::kFloat32:
-      return "f32";
-    default:
-      fail(function, std::string(name_of_array) + " has type " + name(type) +
-                         "; it must be bf16, f16 or f32");
+  if (type != DType::kBFloat16 && type != DType::kFloat16 && type != DType::kFloat32) {
+    fail(function,
+         std::string(name_of_array) + " has type " + name(type) + "; it must be bf16, f16 or f32");
   }
+  return name(type);
 }
 
 inline const char* out_suffix(const char* function, DType type) {

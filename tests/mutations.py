@@ -1156,26 +1156,29 @@ def _(ptx):
     "RegisterInFlight",
 )
 def _(ptx):
-    ptx.drop(ptx.all(WAIT_GROUP, least=2)[1])
+    ptx.drop(*ptx.all(WAIT_GROUP, least=2)[1::2])  # of every copy of the loop's body
 
 
 @planted("upper and lower rows", "the lower rows are multiplied as the upper ones", WRONG_RESULT)
 def _(ptx):
-    upper, lower = (descriptors(ptx, i)[0] for i in ptx.all(WGMMA, least=8)[::4])
-    product = ptx.all(WGMMA, least=8)[4]
-    ptx.insert(product, f"mov.b64 {lower}, {upper};")
+    products = ptx.all(WGMMA, least=8)
+    for first, second in zip(products[::8], products[4::8], strict=True):
+        upper, lower = (descriptors(ptx, i)[0] for i in (first, second))
+        ptx.insert(second, f"mov.b64 {lower}, {upper};")
 
 
 @planted("upper and lower rows", "the lower rows take the upper ones' scales", WRONG_RESULT)
 def _(ptx):
-    upper, lower = ptx.all(r"\bld\.shared\.v2\.f32\b", least=2)
-    ptx.replace(lower, r"\[%\w+\]", re.search(r"\[%\w+\]", ptx.lines[upper])[0])
+    reads = ptx.all(r"\bld\.shared\.v2\.f32\b", least=2)
+    for upper, lower in zip(reads[::2], reads[1::2], strict=True):
+        ptx.replace(lower, r"\[%\w+\]", re.search(r"\[%\w+\]", ptx.lines[upper])[0])
 
 
 @planted("three segments", "the last 64 columns take the scale of those before", WRONG_RESULT)
 def _(ptx):
     scales = ptx.all(r"\bld\.shared\.f32\b", least=3)
-    ptx.replace(scales[2], r"\[%\w+\]", re.search(r"\[%\w+\]", ptx.lines[scales[0]])[0])
+    for first, last in zip(scales[::3], scales[2::3], strict=True):
+        ptx.replace(last, r"\[%\w+\]", re.search(r"\[%\w+\]", ptx.lines[first])[0])
 
 
 @planted("side by side", "both warpgroups take the scales of the left columns", WRONG_RESULT)

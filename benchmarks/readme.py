@@ -153,17 +153,8 @@ def correctness(result):
         "block of 128; the emulator of the tests has that arithmetic to the bit. The portable lowering is within 2e-6. "
         f"GPU tests: {', '.join(tests)}. Clean under compute-sanitizer: {', '.join(sorted(clean))}."
     )
-    failed = [text for step, text in result.get("notes", {}).items() if step in result["steps"]]
-    if failed:
-        lines += ["", *wrap(f"Of the tests {'; '.join(failed)}.")]
-    if stopped := result.get("train_stopped_early"):
-        last = stopped["evaluations"][-3:]
-        error = sum(abs(e["fp8"] / e["bf16"] - 1) for e in last) / len(last)
-        lines += ["", *wrap(
-            f"`{stopped['command']}` was stopped after step {stopped['steps_done']}: validation loss "
-            f"{last[-1]['bf16']:.4f} in BF16, {last[-1]['fp8']:.4f} in FP8; mean relative error of the last three "
-            f"evaluations {100 * error:.2f} %."
-        )]  # fmt: skip
+    if notes := result.get("notes"):
+        lines += ["", *wrap(" ".join(notes))]
     for kind, summary in result["train"].items():
         name = "mixture of experts" if "moe" in kind else "dense"
         bf16, fp8 = (summary[n]["mean_validation_loss"] for n in ("bf16", "fp8"))

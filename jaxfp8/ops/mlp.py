@@ -188,9 +188,9 @@ def _mlp_bwd(call: Call, types, residuals, cotangents):
     recipe: Recipe = call.get("recipe")
     forward, gradient = qt.forward_format(recipe), qt.gradient_format(recipe)
     (x_type, up_type, down_type, *quantized), (dy,) = types, cotangents
-    *saved_weights, saved_x, saved_columns, h = residuals
+    saved_up, saved_down, saved_x, saved_columns, h = residuals
     lead, h_dims = _lead(call), _hidden_dims(call)
-    up_nn, down_nn = _load_weights(*saved_weights, quantized, call)
+    up_nn, down_nn = _load_weights(saved_up, saved_down, quantized, call)
     multiply = functools.partial(product, num_sms=recipe.num_sms)
 
     # A weight-only batch dimension is summed here; every other sum is a contraction of the kernel.
@@ -295,10 +295,10 @@ def _ragged_bwd(call: Call, types, residuals, cotangents):
     recipe: Recipe = call.get("recipe")
     forward, gradient = qt.forward_format(recipe), qt.gradient_format(recipe)
     (x_type, up_type, down_type, _, *quantized), (dy,) = types, cotangents
-    *saved_weights, saved_x, saved_columns, h, sizes = residuals
+    saved_up, saved_down, saved_x, saved_columns, h, sizes = residuals
     h_dims = _hidden_dims_ragged(call)
     lead = h_dims[: h_dims.index("m")]
-    up_nn, down_nn = _load_weights(*saved_weights, quantized, call)
+    up_nn, down_nn = _load_weights(saved_up, saved_down, quantized, call)
     multiply = functools.partial(_ragged_product, sizes=sizes, call=call)
 
     def saved_tokens(saved, *dims):

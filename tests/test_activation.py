@@ -125,8 +125,17 @@ def test_scan_and_remat_change_nothing():
             oracle.assert_close(a, b, FLIPS)
 
 
-@pytest.mark.parametrize("which", ["both", "up", "down"])
-@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize(
+    ("which", "gated"),
+    [
+        ("both", True),
+        ("up", False),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [("both", False), ("up", True), ("down", False), ("down", True)]
+        ),
+    ],
+)
 @pytest.mark.parametrize("groups", [(), (2,)], ids=["dense", "ragged"])
 def test_weights_quantized_ahead_have_the_bits_of_those_quantized_here(which, gated, groups):
     (x, dy), (w_up, w_down) = tokens(70, 96, 72), weights(96, 128, 72, gated, groups)

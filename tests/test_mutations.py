@@ -242,7 +242,7 @@ RUNS = {
         "gemm_1d2d", groups=3, m=24, n=40, k=144, config="m64n32 cluster 1x1"
     ),
     "masked sizes that lie": lambda: product(
-        "masked_grouped_gemm", groups=2, m=40, n=24, k=144, sizes=[-3, 2**30], config="m64n32 cluster 1x1"
+        "masked_grouped_gemm", groups=3, m=40, n=24, k=144, sizes=[-3, 70, 5], config="m64n32 cluster 1x1"
     ),
     "groups accumulate": lambda: product(
         "grouped_gemm", groups=3, m=90, n=45, k=144, sizes=[20, 0, 50], accum=True,

@@ -425,9 +425,8 @@ def _both_quantized(function, w_up, w_down, quantized_up, quantized_down, recipe
         quantized_up = parts(function, "w_up", prequantize(flat, recipe=recipe))
     if not quantized_down:
         quantized_down = parts(function, "w_down", prequantize(w_down, recipe=recipe))
-    if (
-        halves
-    ):  # (..., 2 F, K) and (..., K, 2 F), each with its scales: both halves are whole blocks
+    if halves:
+        # (..., 2 F, K) and (..., K, 2 F), each with its scales: both halves are whole blocks.
         nt, nn = quantized_up[:2], quantized_up[2:]
         quantized_up = (
             *(v.reshape(*v.shape[:lead], 2, -1, v.shape[-1]) for v in nt),

@@ -24,8 +24,10 @@ from . import _operation
 from ._operation import Call, Operation
 from ._quantized_array import QuantizedArray
 from ._recipe import Recipe
-from .kernels.quantize import SQUARE, quantize
-from .ops._dot import dot_operation
+from .kernels.activation import TWO
+from .kernels.quantize import SQUARE, quantize, weight_kernel
+from .ops._dot import dot_operation, weight_dims
+from .ops.mlp import mlp_operation, ragged_mlp_operation
 from .ops.ragged_dot import ragged_operation
 
 __all__ = [
@@ -187,12 +189,51 @@ def _reference_ragged(x, w, sizes, *quantized, call: Call):
     return [product(x.astype(dtype), w.astype(dtype), sizes).astype(call.get("out_dtype"))]
 
 
+_ACTIVATIONS = {"silu": jax.nn.silu, "gelu": functools.partial(jax.nn.gelu, approximate=True)}
+
+
+def _two_products(operation, arrays, call: Call):
+    """mlp or ragged_mlp by the two products that it is made of, each of which is stood in for; gate and up are one."""
+    (x, w_up, w_down), rest = arrays[:3], arrays[3:]
+    x_dims, up_dims, (out,) = call.ins[0], call.ins[1], call.outs
+    product = dot_operation
+    sizes, dims = [], []
+    if operation is ragged_mlp_operation:
+        product, sizes, dims, rest = ragged_operation, [rest[0]], [call.ins[3]], rest[1:]
+    gated, operands = TWO in up_dims, jnp.result_type(x, w_up, w_down)
+    w_dims = tuple(d for d in up_dims if d not in (TWO, "f")) + ("n",)
+
+    def merge(w, axis):
+        return w.reshape(*w.shape[:axis], 2 * w.shape[axis + 1], *w.shape[axis + 2 :])
+
+    up, copies, at = w_up, [*rest[:4]], w_up.ndim - 2
+    if gated:
+        at -= 1  # of the first axis of (2, F, K), and of (K, 2, F), after the groups
+        up = merge(up, at + 1)
+        copies = [merge(w, at + i // 2) for i, w in enumerate(copies)]
+
+    def multiply(x, w, copies, dtype, operand):
+        ins = x_dims, w_dims, *dims, *weight_dims(w_dims, copies)
+        made_of = Call(ins, (out,), call.attributes, () if operand == "w_up" else call.wanted)
+        made_of = made_of.with_attribute("out_dtype", dtype).with_attribute("operand", operand)
+        return product(x, w, *sizes, *copies, call=made_of)
+
+    (h,) = multiply(x, up, copies, call.get("hidden_dtype"), "w_up")
+    activation = _ACTIVATIONS[call.get("activation")]
+    if gated:
+        gate, h = jnp.split(h.astype(jnp.float32), 2, axis=-1)
+        a = activation(gate) * h
+    else:
+        a = activation(h.astype(jnp.float32))
+    return multiply(a.astype(operands), w_down, rest[4:], call.get("out_dtype"), "w_down")
+
+
 def _require_known(operation: Operation) -> None:
     """An operation without a reference would stay in FP8 in what it is compared with."""
     if operation not in _REFERENCES:
         name = operation.primitive.name.removeprefix("jaxfp8_")
         raise NotImplementedError(
-            f"compare: loss_fn calls {name}; implemented: linear, dot_general, einsum and ragged_dot "
+            f"compare: loss_fn calls {name}; implemented: linear, dot_general, einsum, ragged_dot, mlp and ragged_mlp "
             "(write it with these, or pass reference=)"
         )
 
@@ -216,9 +257,18 @@ _REFERENCE_OPERATIONS = {
 }
 
 
+_MADE_OF_TWO = (mlp_operation, ragged_mlp_operation)
+
+
 def _reference_stand_in(operation, arrays, call):
     if operation in _REFERENCE_OPERATIONS.values():
         return None
+    if operation in _MADE_OF_TWO:
+        return _two_products(operation, arrays, call)
+    if operation is weight_kernel:
+        # Of a weight quantized ahead: its products read its value. What else reads the copies is seen to.
+        types = operation.body.trace(*arrays, call=call).jaxpr.out_avals
+        return [jnp.full(t.shape, jnp.nan, t.dtype) for t in types]
     _require_known(operation)
     return _REFERENCE_OPERATIONS[operation](*arrays, call=call)
 
@@ -238,9 +288,13 @@ class _Probe:
             site = call.get("site")
             self.sites[site] = self.sites[site][0], _shape(call, call.sizes(arrays))
             return None
+        if operation in _MADE_OF_TWO:
+            return _two_products(operation, arrays, call)
         if operation not in _PROBED:  # its products count in the loss and the gradients alone
             return None
-        self.sites.append((_caller(), _shape(call, call.sizes(arrays))))
+        operand = dict(call.attributes).get("operand")
+        name = _caller() + (f", {operand}" if operand else "")
+        self.sites.append((name, _shape(call, call.sizes(arrays))))
         call = call.with_attribute("probe", self).with_attribute("site", len(self.sites) - 1)
         return _PROBED[operation](*arrays, call=call)
 
@@ -326,7 +380,7 @@ def _probed(operation: Operation) -> Operation:
 
 def _plain(call: Call) -> Call:
     return call._replace(
-        attributes=tuple(a for a in call.attributes if a[0] not in ("probe", "site"))
+        attributes=tuple(a for a in call.attributes if a[0] not in ("probe", "site", "operand"))
     )
 
 
@@ -460,9 +514,10 @@ def compare(
 ) -> Comparison:
     """Compares a model's loss and gradients in FP8 with the same model's without FP8, and finds the layer that suffers.
 
-    The reference is `loss_fn` itself with every product of `jaxfp8.linear`, `dot_general`, `einsum` and `ragged_dot`
-    (so those of `autocast` and of the framework integrations) computed in its operands' type, bfloat16 or float32, and
-    accumulated in float32. A third run computes each product both ways from the reference's inputs: what it adds.
+    The reference is `loss_fn` itself with every product of `jaxfp8.linear`, `dot_general`, `einsum`, `ragged_dot`,
+    `mlp` and `ragged_mlp` (so those of `autocast` and of the framework integrations) computed in its operands' type,
+    bfloat16 or float32, and accumulated in float32. A third run computes each product both ways from the reference's
+    inputs: what it adds. An MLP is two products: by `w_up` and by `w_down`.
 
     **Arguments:**
 
@@ -473,7 +528,7 @@ def compare(
 
     **Returns:** a `Comparison`.
 
-    **Raises:** ValueError if `loss_fn` has no FP8 product of the four; NotImplementedError if it has others and no
+    **Raises:** ValueError if `loss_fn` has no FP8 product of these; NotImplementedError if it has others and no
     reference is given.
     """
 

@@ -169,6 +169,74 @@ def test_ragged_dot_is_three_products():
     )
 
 
+UP, UPS = np.zeros((256, 2, 128), np.float32), np.zeros((3, 256, 2, 128), np.float32)
+DOWN, DOWNS = np.zeros((128, 72), np.float32), np.zeros((3, 128, 72), np.float32)
+MLPS = {
+    "mlp": (jaxfp8.mlp, UP, DOWN, ""),
+    "ragged_mlp": (lambda *arrays: jaxfp8.ragged_mlp(*arrays, SIZES), UPS, DOWNS, "ragged_"),
+}
+
+
+def mlp_calls(ragged, ahead):
+    """Calls of a forward pass, and of a train step, of two weights of which some are quantized ahead."""
+    weights = ["quantize_weight"] * (2 - ahead)
+    gemm, wgrad = ("grouped_gemm", "grouped_wgrad_gemm") if ragged else ("gemm_1d2d", "gemm_1d1d")
+    forward = ["quantize_rows", *weights, gemm, "activation_rows", gemm]
+    step = [f"quantize_{ragged}both"] * 2 + [gemm] * 4 + [wgrad] * 2 + weights
+    return forward, step + [f"activation_{ragged}both", f"activation_{ragged}grad_both"]
+
+
+@pytest.mark.parametrize("ahead", ["none", "up", "down", "both"])
+@pytest.mark.parametrize("name", MLPS)
+def test_an_mlp_is_six_products_and_an_activation_is_read_once(name, ahead):
+    """The products of a weight that was quantized ahead read its copies: nothing quantizes it again."""
+    f, up, down, ragged = MLPS[name]
+    flat = up.reshape(*up.shape[:-2], -1)
+    dy = np.zeros((64, 72), np.float32)
+
+    def weights(values, copies):
+        return [w if q is None else q.with_value(w) for w, q in zip(values, copies, strict=True)]
+
+    copies = [
+        jaxfp8.prequantize(w) if ahead in (which, "both") else None
+        for which, w in (("up", flat), ("down", down))
+    ]
+    values = [up if copies[0] is None else flat, down]
+
+    def step(x, values, copies, dy):
+        y, pull = jax.vjp(lambda x, values: f(x, *weights(values, copies)), x, values)
+        return y, pull(dy)
+
+    forward, train = mlp_calls(ragged, {"none": 0, "both": 2}.get(ahead, 1))
+    assert_only_custom_calls(
+        cuda_text(lambda x, v, c: f(x, *weights(v, c)), X, values, copies), forward
+    )
+    text = cuda_text(step, X, values, copies, dy)
+    assert_only_custom_calls(text, train)
+    assert not re.search(r"stablehlo\.(exponential|logistic|tanh)\b", text)
+
+
+def test_products_of_weights_quantized_ahead_quantize_tokens_alone():
+    w, experts = jaxfp8.prequantize(W), jaxfp8.prequantize(EXPERTS)
+    dy = np.zeros((64, 384), np.float32)
+    ragged = lambda x, w: jaxfp8.ragged_dot(x, w, SIZES)  # noqa: E731
+
+    def step(f):
+        return lambda x, value, w, dy: train(lambda x, v: f(x, w.with_value(v)))(x, value, dy)
+
+    assert_only_custom_calls(cuda_text(jaxfp8.linear, X, w), ["quantize_rows", "gemm_1d2d"])
+    assert_only_custom_calls(cuda_text(ragged, X, experts), ["quantize_rows", "grouped_gemm"])
+    assert_only_custom_calls(
+        cuda_text(step(jaxfp8.linear), X, W, w, dy),
+        [*["quantize_both"] * 2, *["gemm_1d2d"] * 2, "gemm_1d1d"],
+    )
+    assert_only_custom_calls(
+        cuda_text(step(ragged), X, EXPERTS, experts, dy),
+        [*["quantize_ragged_both"] * 2, *["grouped_gemm"] * 2, "grouped_wgrad_gemm"],
+    )
+    assert_only_custom_calls(cuda_text(jaxfp8.prequantize, W), ["quantize_weight"])
+
+
 @pytest.mark.parametrize("k", [1, 129, 250])
 def test_data_is_padded_to_the_copy_engines_stride(k):
     lhs = jaxfp8.quantize(np.zeros((5, k), np.float32))

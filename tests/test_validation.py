@@ -1,5 +1,9 @@
 """What FP8 does to arrays, losses and gradients is found and named."""
 
+import functools
+import pathlib
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -162,11 +166,137 @@ def test_a_comparison_leaves_no_trace_and_needs_a_product():
     assert f(params, x) == before == jax.jit(lambda p, x: model(p, x))(params, x)
 
 
+def mlp_of(params, x):
+    return jaxfp8.mlp(x, params["up"], params["down"])
+
+
+def jnp_mlp(params, x):
+    gate, up = jnp.moveaxis(jnp.einsum("mk,khf->mhf", x, params["up"]), 1, 0)
+    return (jax.nn.silu(gate) * up) @ params["down"]
+
+
+def test_an_mlp_is_compared_as_its_two_products():
+    params = {"up": f32(0, 128, 2, 256) / 11, "down": f32(1, 256, 72) / 16}
+    x = f32(9, 72, 128)
+
+    def loss(f):
+        return lambda params, x: jnp.mean(jnp.tanh(f(params, x)) ** 2)
+
+    found = jaxfp8.validate.compare(loss(mlp_of), params, x)
+    assert [p.shape for p in found.products] == [(72, 128, 512), (72, 256, 72)]
+    assert [p.name.split(", ")[1] for p in found.products] == ["w_up", "w_down"]
+    assert found.products[0].name.startswith("0: test_validation.py:")
+    for product in found.products:
+        for error in (product.forward, product.dgrad, product.wgrad):
+            assert SEPARATE[0] < error < SEPARATE[1]
+    want, grads = jax.value_and_grad(loss(jnp_mlp))(params, x)
+    np.testing.assert_allclose(found.reference_loss, want, rtol=1e-5)
+    np.testing.assert_allclose(found.loss, jax.jit(loss(mlp_of))(params, x), rtol=1e-6)
+    assert abs(found.relative_loss_difference) > 1e-4
+    for g, like in zip(found.gradients, jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(g.reference_norm, np.linalg.norm(like), rtol=1e-4)
+        assert 0.01 < g.error < 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("gated", "ahead"), [(True, "none"), (True, "both"), (False, "up"), (False, "down")]
+)
+def test_experts_and_weights_quantized_ahead_are_compared(gated, ahead):
+    """Under vmap of an MLP in a scan with remat, then experts: each as plain JAX computes it."""
+    halves = (2,) if gated else ()
+    params = {
+        "up": f32(0, 2, 128, *halves, 128) / 11,
+        "down": f32(1, 2, 128, 128) / 11,
+        "experts up": f32(2, 3, 128, *halves, 128) / 11,
+        "experts down": f32(3, 3, 128, 72) / 11,
+    }
+    sizes = jnp.array([20, 0, 47])
+
+    def loss(ours, params, x):
+        def weights(up, down):
+            if ours and ahead in ("up", "both"):
+                up = jaxfp8.prequantize(up.reshape(*up.shape[: -2 if gated else -1], -1))
+            if ours and ahead in ("down", "both"):
+                down = jaxfp8.prequantize(down)
+            return up, down
+
+        def plain(x, up, down):
+            h = jnp.tensordot(x, up, 1)
+            h = jax.nn.gelu(h[..., 0, :]) * h[..., 1, :] if gated else jax.nn.gelu(h)
+            return h @ down
+
+        def dense(x, up, down):
+            if not ours:
+                return plain(x, up, down)
+            up, down = weights(up, down)
+            return jax.vmap(lambda row: jaxfp8.mlp(row, up, down, activation="gelu"))(x)
+
+        @jax.checkpoint
+        def layer(h, w):
+            return jnp.tanh(dense(h, *w)), None
+
+        h, _ = jax.lax.scan(layer, x, (params["up"], params["down"]))
+        up, down = params["experts up"], params["experts down"]
+        if ours:
+            y = jaxfp8.ragged_mlp(h, *weights(up, down), sizes, activation="gelu")
+        else:
+            each = jnp.split(h[:67], [20, 20])
+            y = jnp.concatenate([plain(h, *w) for h, *w in zip(each, up, down, strict=True)])
+            y = jnp.pad(y, ((0, 5), (0, 0)))
+        return jnp.mean(y**2)
+
+    x = f32(9, 72, 128)
+    found = jaxfp8.validate.compare(functools.partial(loss, True), params, x)
+    up = 128 * (1 + gated)
+    assert [p.shape for p in found.products] == [(72, 128, n) for n in (up, 128, up, 72)]
+    assert all(SEPARATE[0] < p.forward < SEPARATE[1] for p in found.products)
+    want, grads = jax.value_and_grad(functools.partial(loss, False))(params, x)
+    np.testing.assert_allclose(found.reference_loss, want, rtol=1e-4)
+    for g, like in zip(found.gradients, jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(g.reference_norm, np.linalg.norm(like), rtol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--moe"]], ids=["dense", "mixture"])
+def test_the_language_model_of_the_examples_is_compared(flags):
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "examples"))
+    import train_lm
+
+    settings, _ = train_lm.parse_arguments(["--tiny", *flags])
+    products = train_lm.fp8_products(settings.recipe)
+    windows = np.random.default_rng(0).integers(0, 256, (2, settings.sequence + 1), np.int32)
+    params = train_lm.init(settings.model, jax.random.key(0))
+
+    def loss(params, windows):
+        return train_lm.losses(params, windows, settings.model, products, train_lm.ONE_DEVICE)[0]
+
+    found = jaxfp8.validate.compare(loss, params, windows)
+    assert len(found.products) == 4  # qkv, out, gate and up, down of the layers' scan
+    assert found.worst_product.largest < SEPARATE[1]
+    assert abs(found.relative_loss_difference) < 1e-3
+    bf16 = train_lm.bf16_products()
+    plain = train_lm.losses(params, windows, settings.model, bf16, train_lm.ONE_DEVICE)[0]
+    np.testing.assert_allclose(found.reference_loss, plain, rtol=1e-3)
+
+
 def test_an_operation_without_a_reference_is_not_compared_with_itself():
-    x, up, down = f32(0, 24, 128), f32(1, 128, 256), f32(2, 256, 128)
+    x, w = f32(0, 24, 128), jaxfp8.quantize(f32(1, 128, 128), (128, 128))
 
     def loss(params, x):
-        return jnp.sum(jaxfp8.mlp(jaxfp8.linear(x, params), up, down) ** 2)
+        q = jaxfp8.quantize(jax.lax.stop_gradient(x))
+        return jnp.sum(jaxfp8.linear(x, params) * jaxfp8.gemm(q, w))
 
-    with pytest.raises(NotImplementedError, match="loss_fn calls mlp; implemented: linear"):
+    with pytest.raises(NotImplementedError, match="loss_fn calls quantize_rows; implemented: lin"):
         jaxfp8.validate.compare(loss, f32(3, 128, 128), x)
+
+
+def test_copies_of_a_weight_that_no_product_reads_are_not_taken_for_exact():
+    """Else what a model does with them would be in FP8 on both sides."""
+
+    def loss(params, x):
+        _, nn = jaxfp8.quantize_weight(jax.lax.stop_gradient(params))
+        return jnp.sum(jaxfp8.linear(x, params) * (x @ nn.dequantize()))
+
+    found = jaxfp8.validate.compare(loss, f32(3, 128, 128), f32(0, 24, 128))
+    assert np.isfinite(found.loss) and np.isnan(found.reference_loss)

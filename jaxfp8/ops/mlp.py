@@ -344,7 +344,7 @@ def _ragged_bwd(call: Call, types, residuals, cotangents):
 
 _ragged_mlp.defvjp(_ragged_fwd, _ragged_bwd)
 
-ragged_operation = Operation(
+ragged_mlp_operation = Operation(
     "jaxfp8_ragged_mlp",
     _ragged_body,
     together=_weight_operands(4),
@@ -526,5 +526,5 @@ def ragged_mlp(
     ins = (("m", "k"), up_dims, down_dims, ("g",), *copies)
     call = Call(ins, (("m", "n"),), attributes)
     with jax.named_scope("jaxfp8.ragged_mlp"):
-        (y,) = ragged_operation(x, w_up, w_down, sizes, *quantized, call=call)
+        (y,) = ragged_mlp_operation(x, w_up, w_down, sizes, *quantized, call=call)
         return y if spec is None else jax.sharding.reshard(y, out_sharding)

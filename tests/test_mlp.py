@@ -394,10 +394,14 @@ def test_vmap_over_weights_sums_the_gradients_of_what_is_shared(kind, mapped):
     stacked, each = examples(128, groups)
     given = [v if m == 0 else v[0] for v, m in zip(stacked, mapped, strict=False)]
     each = [[*(e[i] if m == 0 else each[0][i] for i, m in enumerate(mapped)), e[3]] for e in each]
-    y, *gradients = ([r[i] for r in [want(*e) for e in each]] for i in range(4))
-    want = [np.stack(y)]
-    want += [np.stack(g) if m == 0 else sum(g) for g, m in zip(gradients, mapped, strict=True)]
-    assert_close(jax.jit(train(jax.vmap(f, mapped)))(*given, stacked[3]), want, FLIPS)
+    results = [want(*e) for e in each]
+    got = jax.jit(train(jax.vmap(f, mapped)))(*given, stacked[3])
+    for i, m in enumerate((0, *mapped)):
+        parts = [r[i] for r in results]
+        if m == 0:
+            assert_close(got[i], np.stack(parts), FLIPS)
+        else:  # quantized in blocks over the tokens of all, or after the sum: FP8's error from the sum of both
+            assert_close(got[i], sum(parts), 0.05)
 
 
 @pytest.mark.slow

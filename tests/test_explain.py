@@ -152,6 +152,80 @@ def test_the_operations_are_found_where_they_are_called_by_hand():
     assert len(both.lines) == 3
 
 
+def mlp_loss(ragged):
+    def f(up, down, x):
+        if ragged:
+            sizes = jnp.full(E, T // E, jnp.int32)
+            return jaxfp8.ragged_mlp(x, up, down, sizes).astype(jnp.float32).sum()
+        return jaxfp8.mlp(x, up, down).astype(jnp.float32).sum()
+
+    groups = (E,) if ragged else ()
+    return f, (struct(*groups, D, 2, F), struct(*groups, F, D), struct(T, D))
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["mlp", "ragged_mlp"])
+def test_an_mlp_is_six_products_of_its_sizes(ragged):
+    """Gate and up are one product; what it reads and writes is its operands, their scales and its result."""
+    f, arguments = mlp_loss(ragged)
+    found = explain(f, *arguments, gradient=(0, 1, 2), device_kind="h100")
+    groups = E if ragged else 1
+    columns = T + 128 * E if ragged else T  # the group-padded token axis
+
+    def row_bytes(rows, k):
+        return rows * k + rows * k // 128 * 4
+
+    def product(role, m, n, k):  # 1x128 . 128x128
+        weight = groups * (n * k + n * k // 128**2 * 4)
+        size = row_bytes(m, k) + weight + (4 * E if ragged else 0) + 2 * m * n
+        return role, m, n, k, size
+
+    def wgrad(m, n):  # 1x128 . 1x128
+        size = row_bytes(m, columns) + row_bytes(n, columns) + 2 * groups * m * n
+        return "weight gradient", m, n, T, size + (4 * E if ragged else 0)
+
+    expected = [
+        product("forward", T, 2 * F, D),
+        product("forward", T, D, F),
+        product("input gradient", T, F, D),
+        wgrad(F, D),
+        product("input gradient", T, D, 2 * F),
+        wgrad(D, 2 * F),
+    ]
+    assert [(x.role, x.m, x.n, x.k, x.bytes) for x in found.lines] == expected
+    for line in found.lines:
+        assert line.flops == 2 * line.m * line.n * line.k and line.groups == groups
+        assert line.configuration in _C.configs(f"jaxfp8_{line.operation}_v1")
+        assert line.configuration.split()[0] in line.kernel
+        kind = "1d1d" if line.role == "weight gradient" else "1d2d"
+        assert line.kernel.startswith(f"gemm_{kind}")
+    assert found.fp8_share == 1 and not found.notes
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["mlp", "ragged_mlp"])
+def test_an_mlp_passes_over_its_activation_once_each_way(ragged):
+    f, arguments = mlp_loss(ragged)
+    found = explain(f, *arguments, gradient=(0, 1, 2), device_kind="h100")
+    groups = E if ragged else 1
+    columns = T + 128 * E if ragged else T
+
+    def both(width):  # rows and columns, with their scales
+        return (T + columns) * width * 33 // 32 + (4 * E if ragged else 0)
+
+    def weight(k, n):  # reads bfloat16, writes both orientations, of which the scales are the same
+        return groups * (2 * k * n + 2 * k * n + k * n // 128**2 * 4)
+
+    x, dy = 2 * T * D + both(D), 2 * T * D + both(D)
+    activation = 2 * T * 2 * F + both(F)
+    gradient = 2 * T * 2 * F + 2 * T * F + both(2 * F)
+    assert found.quantizations == 6
+    weights = weight(D, 2 * F) + weight(F, D)
+    assert found.quantization_bytes == x + dy + activation + gradient + weights
+    forward = explain(f, *arguments, gradient=False, device_kind="h100")
+    assert len(forward.lines) == 2 and forward.quantizations == 4
+    rows = 2 * T * D + T * D * 33 // 32 + 2 * T * 2 * F + T * F * 33 // 32
+    assert forward.quantization_bytes == rows + weights
+
+
 def test_a_function_that_differentiates_itself_is_listed_once():
     step = jax.value_and_grad(autocast(loss))
     inside, outside = explain(step, PARAMS, TOKENS), explain(autocast(loss), PARAMS, TOKENS)

@@ -109,7 +109,14 @@ def test_the_hidden_layer_is_bfloat16_if_the_tokens_are():
 
 UP, DOWN = np.zeros((96, 2, 128), np.float32), np.zeros((128, 72), np.float32)
 BAD = {
-    "activation": (lambda x: jaxfp8.mlp(x, UP, DOWN, activation="relu"), "activation is 'relu'"),
+    "activation": (
+        lambda x: jaxfp8.mlp(x, UP, DOWN, activation="relu"),
+        r"activation is 'relu'; allowed: 'silu', 'gelu' \(the tanh .* call jaxfp8.linear twice",
+    ),
+    "activation of experts": (
+        lambda x: jaxfp8.ragged_mlp(x, UP[None], DOWN[None], np.array([4]), activation="erf"),
+        "activation is 'erf'.* call jaxfp8.ragged_dot twice",
+    ),
     "rank of w_up": (lambda x: jaxfp8.mlp(x, UP[0, 0], DOWN), "w_up has shape"),
     "halves": (lambda x: jaxfp8.mlp(x, UP[:, :1], DOWN), "w_up has shape"),
     "K": (lambda x: jaxfp8.mlp(x, UP[:5], DOWN), "w_up has K=5 but x has K=96"),

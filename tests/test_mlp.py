@@ -477,3 +477,19 @@ def test_experts_without_tokens_are_zero(m, sizes):
     got = run(f, x, w_up, w_down, dy)
     for v, like in zip(got, (dy, x, w_up, w_down), strict=True):
         assert v.shape == like.shape and not v.any()
+
+
+def test_exact_gelu_runs_unfused_as_the_documentation_says():
+    """What is fused is the tanh approximation."""
+    (x, _), (w_up, w_down) = tokens(40, 96, 72), weights(96, 128, 72, False)
+
+    def unfused(approximate):
+        h = jaxfp8.linear(x, w_up)
+        return jaxfp8.linear(jax.nn.gelu(h, approximate=approximate), w_down)
+
+    fused, approximate, exact = jax.jit(
+        lambda: (jaxfp8.mlp(x, w_up, w_down, activation="gelu"), unfused(True), unfused(False))
+    )()
+    assert_close(fused, approximate, FLIPS)
+    assert not np.array_equal(exact, approximate)
+    assert_close(exact, approximate, 0.02)

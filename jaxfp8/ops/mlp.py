@@ -360,8 +360,11 @@ ragged_mlp_operation = Operation(
 def _check(function, x, w_up, w_down, activation, preferred_element_type, recipe, groups=""):
     """x, both weights with F padded to whole blocks, their quantized copies, dimensions and attributes of the call."""
     if activation not in ACTIVATIONS:
-        allowed = ", ".join(map(repr, ACTIVATIONS))
-        raise ValueError(f"{function}: activation is {activation!r}; allowed: {allowed}")
+        allowed, product = ", ".join(map(repr, ACTIVATIONS)), "ragged_dot" if groups else "linear"
+        raise ValueError(
+            f"{function}: activation is {activation!r}; allowed: {allowed} (the tanh approximation); for others, "
+            f"jax.nn.gelu(approximate=False) included, call jaxfp8.{product} twice with the activation between"
+        )
     x = checks.array(function, "x", x, "(M, K)" if groups else "(..., K)")
     quantized_up, quantized_down = (
         parts(function, name, w) for name, w in (("w_up", w_up), ("w_down", w_down))
@@ -459,7 +462,9 @@ def mlp(
     - `w_up`: likewise, `(K, F)`, or `(K, 2, F)` with a gate, `w_up[:, 0]`. (Not `(K, 2 F)`: so F can be sharded.) Or a
       `QuantizedWeight` (see `jaxfp8.prequantize`) of `(K, F)`, or with a gate of `(K, 2 F)`, F a multiple of 128.
     - `w_down`: likewise, `(F, N)`, or a `QuantizedWeight` of that.
-    - `activation`: `"silu"`, or `"gelu"`: the tanh approximation, as `jax.nn.gelu`'s default.
+    - `activation`: `"silu"`, or `"gelu"`: the tanh approximation, as `jax.nn.gelu`'s default. The exact gelu,
+      `jax.nn.gelu(approximate=False)`, and other activations run unfused, in high precision, between two products:
+      `linear(jax.nn.gelu(linear(x, w_up), approximate=False), w_down)`; of experts, `ragged_dot` likewise.
     - `recipe`: a `jaxfp8.Recipe`; None is the one in force.
     - `preferred_element_type`: dtype of the result; None is what x and the weights promote to. The hidden layer, which
       is kept for the backward pass, is bfloat16 if x or the result is, else float32.

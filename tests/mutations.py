@@ -233,23 +233,30 @@ TMA = r"\bcp\.async\.bulk\.tensor\.2d\.shared::cluster\b(?!.*multicast)"
 MULTICAST = r"\bcp\.async\.bulk\.tensor\.2d\b.*multicast"
 TMA_STORE = r"\bcp\.async\.bulk\.tensor\.2d\.global\b"
 BULK_WAIT_READ = r"\bcp\.async\.bulk\.wait_group\.read\b"
+CLUSTER_ARRIVE = r"\bbarrier\.cluster\.arrive\.relaxed\b"
+CLUSTER_WAIT = r"\bbarrier\.cluster\.wait\b"
 WGMMA = r"\bwgmma\.mma_async\b"
 COMMIT = r"\bwgmma\.commit_group\b"
 WAIT_GROUP = r"\bwgmma\.wait_group\b"
 WGMMA_FENCE = r"\bwgmma\.fence\b"
 
 
+def waits_for_a_free_stage(ptx: Ptx) -> dict[str, int]:
+    """Of the operand warp, when it is done, and of the scale warp."""
+    operands = ptx.before(ptx.one(EXPECT_TX), r"\bmbarrier\.try_wait\b")
+    scales = ptx.before(ptx.one(CP_ASYNC_ARRIVE), r"\bmbarrier\.try_wait\b")
+    last = [i for i in ptx.waits("empty", 3) if i not in (operands, scales)]
+    if len(last) != 1:
+        raise NoMatch("a wait before expect_tx or the scales' arrival is not for a free stage")
+    return {"operands": operands, "last": last[0], "scales": scales}
+
+
 def operand_wait(ptx: Ptx) -> int:
-    """The operand warp's wait for a free stage."""
-    place = ptx.before(ptx.one(EXPECT_TX), r"\bmbarrier\.try_wait\b")
-    if place not in ptx.waits("empty", 2):
-        raise NoMatch("the wait before expect_tx is not for a free stage")
-    return place
+    return waits_for_a_free_stage(ptx)["operands"]
 
 
 def scale_wait(ptx: Ptx) -> int:
-    """The scale warp's wait for a free stage."""
-    return next(i for i in ptx.waits("empty", 2) if i != operand_wait(ptx))
+    return waits_for_a_free_stage(ptx)["scales"]
 
 
 @planted("tiles", "math warps do not wait for a stage", "Race")
@@ -274,7 +281,7 @@ def _(ptx):
     ptx.replace(flip, r"xor\.b32\s+(%\w+), (%\w+), 1", r"mov.b32 \1, \2")
 
 
-@planted("tiles", "math warps' phase never turns", "Race")
+@planted("tiles", "math warps' phase never turns", "Deadlock")
 def _(ptx):
     lap = ptx.operands_of_wait(ptx.waits("full", 1)[0])[2]
     ptx.drop(ptx.one(rf"xor\.b32\s+{lap}, {lap},"))
@@ -394,14 +401,14 @@ def _(ptx):
     ptx.replace(target, r"add\.s32\s+(%\w+), (%\w+), %\w+", r"mov.b32 \1, \2")
 
 
-@planted("tiles", "barriers are not fenced after their initialization", "MissingFence")
+@planted("tiles", "barriers are not fenced after their initialization", "Race")
 def _(ptx):
     ptx.drop(ptx.one(r"\bfence\.mbarrier_init\b"))
 
 
 @planted("tiles", "no barrier after the barriers' initialization", "Race")
 def _(ptx):
-    ptx.drop(ptx.first(r"\bbarrier\.cluster\.arrive\b"), ptx.first(r"\bbarrier\.cluster\.wait\b"))
+    ptx.drop(ptx.one(CLUSTER_ARRIVE), *ptx.all(CLUSTER_WAIT, least=4))
 
 
 # ---- GEMM: wgmma
@@ -537,7 +544,7 @@ def _(ptx):
 
 def scale_reads(ptx: Ptx) -> int:
     """The math warps' read of two row scales."""
-    return ptx.one(r"\bld\.shared\.v2\.f32\b")
+    return ptx.before(ptx.first(WGMMA), r"\bld\.shared\.v2\.f32\b")
 
 
 @planted("tiles", "neighbouring rows exchange their scales", WRONG_RESULT)
@@ -609,10 +616,14 @@ def _(ptx):
 # ---- GEMM: tiles and segments
 
 
+def in_clusters(ptx: Ptx, special: str) -> int:
+    """Where the scheduler divides a special register by the cluster's size."""
+    count = ptx.operands(ptx.one(rf"mov\.u32\s+%\w+, {special};"))[0]
+    return ptx.one(rf"\bshr\.[us]32\s+%\w+, {count},")
+
+
 def stride(ptx: Ptx) -> int:
-    """The number of clusters: the second quotient by the cluster's size."""
-    grid = ptx.operands(ptx.one(r"mov\.u32\s+%\w+, %nctaid\.x;"))[0]
-    return ptx.one(rf"\bdiv\.[us]32\s+%\w+, {grid},")
+    return in_clusters(ptx, r"%nctaid\.x")
 
 
 @planted("two CTAs", "tiles of a CTA lie one too close", "DoubleWrite")
@@ -627,8 +638,7 @@ def _(ptx):
 
 @planted("two CTAs", "a CTA starts one tile too late", WRONG_RESULT)
 def _(ptx):
-    index = ptx.operands(ptx.one(r"mov\.u32\s+%\w+, %ctaid\.x;"))[0]
-    place = ptx.one(rf"\bdiv\.[us]32\s+%\w+, {index},")
+    place = in_clusters(ptx, r"%ctaid\.x")
     tile = ptx.operands(place)[0]
     ptx.insert(place + 1, f"add.u32 {tile}, {tile}, 1;")
 
@@ -704,10 +714,24 @@ def _(ptx):
 # ---- GEMM: epilogue
 
 
-@planted("odd columns", "lanes swap pairs with the wrong neighbour", WRONG_RESULT)
+@planted("odd columns", "a clipped strip is read as if it were not swizzled", WRONG_RESULT)
 def _(ptx):
-    for place in ptx.all(r"\bshfl\.sync\.bfly\.b32\b"):
-        ptx.replace(place, rf", {ptx.operands(place)[3]}, ", ", 2, ")
+    place = ptx.one(r"\bld\.shared\.b16\b")
+    address = re.search(r"\[(%\w+)\]", ptx.lines[place])[1]
+    ptx.insert(place, f"xor.b32 {address}, {address}, 16;")
+
+
+@planted("odd columns", "lanes read a clipped strip that others still write", "Race")
+def _(ptx):
+    ptx.drop(ptx.before(ptx.one(r"\bld\.shared\.b16\b"), r"\bbar\.warp\.sync\b"))
+
+
+@planted(
+    "odd columns", "lanes take every second of their accesses to a clipped strip", WRONG_RESULT
+)
+def _(ptx):
+    step = ptx.after(ptx.one(r"\bld\.shared\.b16\b"), r"\badd\.s32\s+(%\w+), \1, 32;")
+    ptx.replace(step, "32;", "64;")
 
 
 @planted("tiles", "the scaled product overwrites the sum", WRONG_RESULT)
@@ -724,7 +748,7 @@ def _(ptx):
 
 @planted("accumulate in float32", "sums are stored, not added", WRONG_RESULT)
 def _(ptx):
-    for place in ptx.all(r"\bred\.relaxed\.gpu\.global\.add\.v2\.f32\b", least=2):
+    for place in ptx.all(r"\bred\.relaxed\.gpu\.global\.add\.v2\.f32\b"):
         ptx.replace(place, r"red\.\S+", "st.global.v2.f32")
 
 
@@ -736,12 +760,12 @@ def _(ptx):
 
 @planted("tiles", "a warp does not wait until its strip has been read", "Race")
 def _(ptx):
-    ptx.drop(ptx.one(BULK_WAIT_READ))
+    ptx.drop(ptx.first(BULK_WAIT_READ))
 
 
 @planted("outer", "lanes do not wait for the one that waits for their strip", "Race")
 def _(ptx):  # of a float32 kernel: stmatrix, which others use, waits for all lanes itself
-    for wait in ptx.all(BULK_WAIT_READ, least=2):
+    for wait in ptx.all(BULK_WAIT_READ, least=2)[:-1]:
         ptx.drop(ptx.after(wait, r"\bbar\.warp\.sync\b"))
 
 
@@ -775,7 +799,7 @@ def _(ptx):
 
 @planted("tiles", "a CTA leaves before the copy engine has read its strips", "ExitedCta")
 def _(ptx):
-    ptx.drop(ptx.one(r"\bcp\.async\.bulk\.wait_group\b(?!\.read)"))
+    ptx.drop(ptx.all(BULK_WAIT_READ, least=2)[-1])
 
 
 @planted("tiles", "lanes still read a stage that their warp releases", "Race")
@@ -820,14 +844,13 @@ def _(ptx):
 
 @planted("column cluster", "a CTA leaves before its peer is done", "ExitedCta")
 def _(ptx):
-    ptx.drop(ptx.all(r"\bbarrier\.cluster\.arrive\b")[-1])
-    ptx.drop(ptx.all(r"\bbarrier\.cluster\.wait\b")[-1])
+    ptx.pass_at_once(waits_for_a_free_stage(ptx)["last"])
 
 
 @planted("column cluster", "CTAs do not wait for each other's barriers", "Race")
 def _(ptx):
-    ptx.lines[ptx.first(r"\bbarrier\.cluster\.arrive\b")] = "bar.sync 0;"
-    ptx.drop(ptx.first(r"\bbarrier\.cluster\.wait\b"))
+    ptx.lines[ptx.one(CLUSTER_ARRIVE)] = "bar.sync 0;"
+    ptx.drop(*ptx.all(CLUSTER_WAIT, least=4))
 
 
 @planted("column cluster", "both CTAs load the same part of the rhs block", "Race")
@@ -1106,12 +1129,6 @@ def _(ptx):
         ptx.set(place, 4)
 
 
-@planted("odd columns in float32", "the second column of a pair is not clipped", WRONG_RESULT)
-def _(ptx):
-    for place in ptx.all(r"\bst\.global\.f32\b.*\+4\]", least=2):
-        ptx.drop(ptx.before(place, r"^\s*@%\w+ bra"))
-
-
 @planted("bands", "the last band is as wide as the others", WRONG_RESULT)
 def _(ptx):
     band = ptx.parameter(BAND)
@@ -1138,16 +1155,19 @@ def _(ptx):
     ptx.set(part[0], 0)
 
 
+def rank_of_scheduler(ptx: Ptx) -> str:
+    place = ptx.before(ptx.one(r"mov\.u32\s+%\w+, %ctaid\.x;"), r"%cluster_ctarank\b")
+    return ptx.operands(place)[0]
+
+
 @planted("row cluster", "both CTAs compute the same columns", "DoubleWrite")
 def _(ptx):
-    place = ptx.all(rf"\bmad\.lo\.s32\s+%\w+, %\w+, {ptx.parameter(CLUSTER_N)}, %\w+;")[-1]
-    ptx.replace(place, r", %\w+;", ", 0;")
+    ptx.set(ptx.one(rf"\band\.b32\s+%\w+, {rank_of_scheduler(ptx)}, "), 0)
 
 
 @planted("column cluster", "both CTAs compute the same rows", "DoubleWrite")
 def _(ptx):
-    place = ptx.all(rf"\bmad\.lo\.s32\s+%\w+, %\w+, {ptx.parameter(CLUSTER_M)}, %\w+;")[-1]
-    ptx.replace(place, r", %\w+;", ", 0;")
+    ptx.set(ptx.one(rf"\bshr\.s32\s+%\w+, {rank_of_scheduler(ptx)}, "), 0)
 
 
 @planted(

@@ -1,10 +1,11 @@
 // From a warp's accumulators to the output.
 //
-// A warp stores its own 16 rows of a 64-row wave and waits for no other. Where all 16 belong to the
-// segment and the output has a tensor map, they go through the warp's staging strips and the copy
-// engine, which clips columns and runs under the next tile's products. Otherwise (a segment's last
-// rows, an output whose rows are no multiple of 16 bytes) they go straight from registers, clipped
-// element by element.
+// A warp stores its own 16 rows of a 64-row wave and waits for no other. They go through the warp's
+// strips in shared memory: the copy engine takes them from there, clips columns, and runs under the
+// next tile's products. Where not all 16 rows belong to the segment, or the output has no tensor
+// map (its rows are no multiple of 16 bytes), the warp copies them itself. That code, like what
+// reads an old bfloat16 output, stays out of the way of the fast path: each is a short loop or
+// marked unlikely.
 //
 // To accumulate: float32 is added in memory (each element once, so the result does not depend on
 // the order); bfloat16 is read first, since the sum must be rounded once.
@@ -20,20 +21,41 @@
 
 namespace jaxfp8 {
 
+// Output types. copy<kWidth>: kWidth elements (1, or as many as 8 bytes hold) from shared memory.
 struct BF16 {
   static constexpr int kBytes = 2;
   static constexpr bool kAddByTensorMap = false;
   using Storage = uint16_t;
+
+  template <int kWidth>
+  __device__ static __forceinline__ void copy(Storage* out, uint32_t source, bool) {
+    if constexpr (kWidth == 1) {
+      *out = ptx::load_shared_b16(source);
+    } else {
+      ptx::store_global_f2(out, ptx::load_shared_f2(source));
+    }
+  }
 };
 
 struct F32 {
   static constexpr int kBytes = 4;
   static constexpr bool kAddByTensorMap = true;
   using Storage = float;
+
+  template <int kWidth>
+  __device__ static __forceinline__ void copy(Storage* out, uint32_t source, bool accumulate) {
+    if constexpr (kWidth == 1) {
+      const float value = ptx::load_shared_f1(source);
+      *out = accumulate ? *out + value : value;
+    } else if (accumulate) {
+      ptx::red_add_v2_f32(out, ptx::load_shared_f2(source));
+    } else {
+      ptx::store_global_f2(out, ptx::load_shared_f2(source));
+    }
+  }
 };
 
-// Where a warp's 16 rows go, clipped. Registers 8 g + 2 h + {0, 1} and 8 g + 4 + 2 h + {0, 1} of a
-// lane hold row lane / 4 + 8 h, columns 16 g + 2 (lane % 4) + {0, 1} and those 8 further.
+// Where a warp's 16 rows go, clipped.
 template <class Out>
 struct Target {
   typename Out::Storage* out;  // of the first row and column
@@ -43,7 +65,8 @@ struct Target {
   bool accumulate;
 };
 
-// Adds the old output to the accumulators.
+// Adds the old output to the accumulators. Registers 8 g + 2 h + {0, 1} and 8 g + 4 + 2 h + {0, 1}
+// of a lane hold row lane / 4 + 8 h, columns 16 g + 2 (lane % 4) + {0, 1} and those 8 further.
 template <int kCols>
 __device__ __forceinline__ void add_old(const Target<BF16>& target, float (&sum)[kCols / 2],
                                         int lane) {
@@ -71,70 +94,7 @@ __device__ __forceinline__ void add_old(const Target<BF16>& target, float (&sum)
   }
 }
 
-template <int kCols>
-__device__ __forceinline__ void store(const Target<BF16>& target, float (&sum)[kCols / 2],
-                                      int lane) {
-  const int quad = lane % 4;
-  const bool odd = quad % 2;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = lane / 4 + 8 * half;
-    const bool inside = row < target.rows;
-    uint16_t* out = target.out + row * target.stride;
-#pragma unroll
-    for (int g = 0; g < kCols / 16; ++g) {
-      // Neighbouring lanes swap a pair, so that each has four columns that lie together: even lanes
-      // in the first eight of the sixteen, odd lanes in the second.
-      const float* values = sum + 8 * g + 2 * half;
-      const uint32_t first = ptx::cvt_rn_bf16x2_f32(values[1], values[0]);
-      const uint32_t second = ptx::cvt_rn_bf16x2_f32(values[5], values[4]);
-      const uint32_t other = __shfl_xor_sync(~0u, odd ? first : second, 1);
-      const uint2 four = odd ? uint2{other, second} : uint2{first, other};
-      const int col = 16 * g + 8 * odd + quad / 2 * 4;
-      if (target.vector) {
-        if (inside && col < target.cols) *reinterpret_cast<uint2*>(out + col) = four;
-      } else if (inside) {
-        if (col < target.cols) out[col] = four.x;
-        if (col + 1 < target.cols) out[col + 1] = four.x >> 16;
-        if (col + 2 < target.cols) out[col + 2] = four.y;
-        if (col + 3 < target.cols) out[col + 3] = four.y >> 16;
-      }
-    }
-  }
-}
-
-template <int kCols>
-__device__ __forceinline__ void store(const Target<F32>& target, float (&sum)[kCols / 2],
-                                      int lane) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = lane / 4 + 8 * half;
-    float* out = target.out + row * target.stride;
-    if (row < target.rows) {
-#pragma unroll
-      for (int i = 0; i < kCols / 8; ++i) {
-        const int col = 8 * i + lane % 4 * 2;
-        const float2 pair = {sum[4 * i + 2 * half], sum[4 * i + 2 * half + 1]};
-        if (target.vector) {
-          if (col < target.cols) {
-            if (target.accumulate) {
-              ptx::red_add_v2_f32(out + col, pair);
-            } else {
-              *reinterpret_cast<float2*>(out + col) = pair;
-            }
-          }
-        } else {
-          if (col < target.cols) out[col] = target.accumulate ? out[col] + pair.x : pair.x;
-          if (col + 1 < target.cols) {
-            out[col + 1] = target.accumulate ? out[col + 1] + pair.y : pair.y;
-          }
-        }
-      }
-    }
-  }
-}
-
-// The warp's ring of strips, swizzled as the copy engine does: within each 128 bytes of a strip,
+// The warp's strips, swizzled as the copy engine does: within each 128 bytes of a strip,
 // 16-byte chunk c lies at c ^ (number of the 128 bytes % chunks a row).
 template <class Tile>
 struct Staging {
@@ -174,25 +134,61 @@ struct Staging {
     }
   }
 
-  // The warp's 16 rows, whole, from output row `row` and column `col` on.
-  __device__ __forceinline__ void store(const GemmArgs& args, const float (&sum)[Tile::kSums],
-                                        int row, int col) const {
-    using Out = typename Tile::Out;
+  // What exists of a strip, `kWidth` elements at a time. `first_col`: from the target's first.
+  template <int kWidth, class Out>
+  __device__ __forceinline__ void copy_clipped(const Target<Out>& target, uint32_t strip,
+                                               int first_col) const {
+    constexpr int kPerRow = kStripCols / kWidth;
+#pragma unroll 1
+    for (int i = lane; i < min(target.rows, kStripRows) * kPerRow; i += 32) {
+      const int row = i / kPerRow, col = i % kPerRow * kWidth;
+      if (first_col + col < target.cols) {
+        Out::template copy<kWidth>(target.out + row * target.stride + first_col + col,
+                                   strip + place(row, col * Out::kBytes), target.accumulate);
+      }
+    }
+  }
+
+  // The warp's 16 rows, to output row `row` and column `col`, where the target starts.
+  template <class Out>
+  __device__ __forceinline__ void store(const GemmArgs& args, const Target<Out>& target,
+                                        const float (&sum)[Tile::kSums], int row, int col) const {
+    const bool whole = target.rows >= kStripRows && args.flags & kOutTensorMap;
 #pragma unroll
-    for (int i = 0; i < kStrips; ++i) {
-      const uint32_t strip = base + i % kSlots * kStripBytes;
-      if (lane == 0) ptx::bulk_wait_read<kSlots - 1>();  // until the slot has been read
+    for (int first = 0; first < kStrips; first += kSlots) {
+      if (lane == 0) ptx::bulk_wait_read<0>();  // until the copy engine has read the strips
       __syncwarp();
-      write(strip, sum + i * kStripCols / 2, Out{});
-      ptx::fence_proxy_async();
-      __syncwarp();
-      if (lane == 0) {
-        if (Out::kAddByTensorMap && args.flags & kAccumulate) {
-          ptx::tma_add_2d(args.out_map, col + i * kStripCols, row, strip);
-        } else {
-          ptx::tma_store_2d(args.out_map, col + i * kStripCols, row, strip);
+#pragma unroll
+      for (int i = 0; i < kSlots; ++i) {
+        write(base + i * kStripBytes, sum + (first + i) * kStripCols / 2, Out{});
+      }
+      if (__builtin_expect(whole, true)) {
+        ptx::fence_proxy_async();
+        __syncwarp();
+        if (lane == 0) {
+#pragma unroll
+          for (int i = 0; i < kSlots; ++i) {
+            const int x = col + (first + i) * kStripCols;
+            if (Out::kAddByTensorMap && args.flags & kAccumulate) {
+              ptx::tma_add_2d(args.out_map, x, row, base + i * kStripBytes);
+            } else {
+              ptx::tma_store_2d(args.out_map, x, row, base + i * kStripBytes);
+            }
+          }
+          ptx::bulk_commit_group();
         }
-        ptx::bulk_commit_group();
+      } else {
+        __syncwarp();
+#pragma unroll 1
+        for (int i = 0; i < kSlots; ++i) {
+          const uint32_t strip = base + i * kStripBytes;
+          const int first_col = (first + i) * kStripCols;
+          if (target.vector) {
+            copy_clipped<8 / Out::kBytes>(target, strip, first_col);
+          } else {
+            copy_clipped<1>(target, strip, first_col);
+          }
+        }
       }
     }
   }
@@ -214,14 +210,10 @@ __device__ __forceinline__ void store(const GemmArgs& args, const Work& work,
       (args.flags & kAccumulate) != 0};
   if (target.rows > 0) {
     if constexpr (!Out::kAddByTensorMap) {
-      if (target.accumulate) add_old<Tile::kCols>(target, sum, lane);
+      if (__builtin_expect(target.accumulate, false)) add_old<Tile::kCols>(target, sum, lane);
       __syncwarp();
     }
-    if (target.rows >= kStripRows && args.flags & kOutTensorMap) {
-      staging.store(args, sum, work.out_row + row, col);
-    } else {
-      store<Tile::kCols>(target, sum, lane);
-    }
+    staging.store(args, target, sum, work.out_row + row, col);
   }
   __syncwarp();
 }

@@ -97,9 +97,10 @@ __device__ void load_operands(const GemmArgs& args, uint32_t shared, Mailbox mai
   const uint32_t lhs = shared + rank_n * lhs_part * kBlockK;
   const uint32_t rhs = shared + Tile::kRhs + rank_m * rhs_part * kBlockK;
 
+  ptx::cluster_wait();
   for (;;) {
     const Work work = mailbox.receive(lane);
-    if (work.k_blocks == Work::kEnd) return;
+    if (work.k_blocks == Work::kEnd) break;
     if (lane == 0) {
       for (int b = 0; b < work.k_blocks; ++b, stages.advance()) {
         stages.wait_empty();
@@ -123,6 +124,11 @@ __device__ void load_operands(const GemmArgs& args, uint32_t shared, Mailbox mai
       }
     }
     __syncwarp();
+  }
+  // Until every stage is empty, others of the cluster may still signal this CTA's barriers.
+  if (lane == 0) {
+#pragma unroll 1
+    for (int i = 0; i < Tile::kStages; ++i, stages.advance()) stages.wait_empty();
   }
 }
 
@@ -163,6 +169,7 @@ struct RowScales {
 template <class Tile>
 __device__ void load_scales(const GemmArgs& args, uint32_t shared, Mailbox mailbox,
                             typename Tile::Stages stages, int lane) {
+  ptx::cluster_wait();
   for (;;) {
     const Work work = mailbox.receive(lane);
     if (work.k_blocks == Work::kEnd) return;
@@ -358,6 +365,7 @@ __device__ void compute(const GemmArgs& args, uint32_t shared, Mailbox mailbox,
       shared + Tile::kLayout.staging_offset() +
           (warpgroup * 4 + warp) * Tile::kLayout.staging_bytes_per_warp(),
       lane};
+  ptx::cluster_wait();
   for (;;) {
     const Work work = mailbox.receive(lane);
     if (work.k_blocks == Work::kEnd) break;
@@ -368,7 +376,7 @@ __device__ void compute(const GemmArgs& args, uint32_t shared, Mailbox mailbox,
       store<Tile>(args, work, sum[1], consumer.row + 64, first_col, staging, lane);
     }
   }
-  if (lane == 0) ptx::bulk_wait();  // shared memory must outlive the copies that read it
+  if (lane == 0) ptx::bulk_wait_read<0>();  // shared memory must outlive the copies that read it
 }
 
 // ---- The kernel
@@ -393,9 +401,10 @@ __device__ __forceinline__ void gemm(const GemmArgs& args) {
     mailbox.ring.init(1, 2 + Tile::kMathWarps);
     ptx::fence_mbarrier_init();
   }
-  // Of the cluster: no CTA may signal another's barriers before they exist.
+  // Of the cluster: no CTA may signal another's barriers before they exist. Each warp waits for it
+  // where it first needs them.
   __syncwarp();
-  ptx::cluster_sync();
+  ptx::cluster_arrive_relaxed();
 
   constexpr bool kMoveRegisters = Tile::kMathWarpgroups == 2;  // else each thread may have 255
   if (warp < 4) {
@@ -406,14 +415,13 @@ __device__ __forceinline__ void gemm(const GemmArgs& args) {
       load_operands<Tile>(args, shared, mailbox, stages, lane);
     } else if (warp == 2) {
       load_scales<Tile>(args, shared, mailbox, stages, lane);
+    } else {
+      ptx::cluster_wait();
     }
   } else {
     if constexpr (kMoveRegisters) ptx::setmaxnreg_inc<232>();
     compute<Tile>(args, shared, mailbox, stages, warp / 4 - 1, warp % 4, lane);
   }
-  // No CTA leaves while another may still signal its barriers.
-  __syncwarp();
-  ptx::cluster_sync();
 }
 
 #define JAXFP8_GEMM(name, ...)                                                                     \

@@ -38,16 +38,19 @@ struct TileLayout {
   constexpr int lhs_bytes() const { return block_m * kBlockK; }
   constexpr int rhs_bytes() const { return block_n * kBlockK; }
 
-  // A warp's output goes through a ring of strips: 16 rows of 128, 64 or 32 bytes. All of a wave's
-  // strips where they are few, else two; their number divides the wave's, so that the ring goes on
-  // from wave to wave.
+  // A warp's output goes through strips: 16 rows of 128, 64 or 32 bytes. All of a wave's where they
+  // are few, else two: to write one that the copy engine has not read yet takes hundreds of cycles.
+  // The largest tile has one, and a fourth stage in place of more.
   constexpr int strip_row_bytes() const {
     return common_divisor(128, warpgroup_cols() * out_bytes);
   }
   constexpr int strip_cols() const { return strip_row_bytes() / out_bytes; }
   constexpr int strip_bytes() const { return kStripRows * strip_row_bytes(); }
   constexpr int strips() const { return warpgroup_cols() / strip_cols(); }
-  constexpr int staging_strips() const { return strips() > 3 ? 2 : strips(); }
+  constexpr int staging_strips() const {
+    if (block_m * block_n == 256 * 128) return 1;
+    return strips() > 3 ? 2 : strips();
+  }
   constexpr int staging_bytes_per_warp() const { return staging_strips() * strip_bytes(); }
   constexpr int staging_bytes() const { return 4 * math_warpgroups() * staging_bytes_per_warp(); }
 

@@ -165,48 +165,58 @@ __device__ inline Segment segment(const GemmArgs& args, int base, int lane, Befo
   }
 }
 
-// Sends this CTA's tiles, then kEnd. By a whole warp.
+// ceil(x / 2^shift)
+__device__ inline int ceil_shift(int x, int shift) { return (x + (1 << shift) - 1) >> shift; }
+
+// Sends this CTA's tiles, then kEnd. By a whole warp. The first tile is found while the barriers of
+// the mailbox are made.
 template <class Tile>
 __device__ void schedule(const GemmArgs& args, Mailbox mailbox, int lane) {
-  const int cluster_size = args.cluster_m * args.cluster_n;
+  // Of a cluster's sides, which are powers of two.
+  const int shift_m = __ffs(args.cluster_m) - 1, shift_n = __ffs(args.cluster_n) - 1;
   const int rank = ptx::cluster_rank();
-  const int rank_m = rank / args.cluster_n, rank_n = rank % args.cluster_n;
-  const int rows_per_tile = Tile::kBlockM * args.cluster_m;
-  const int tiles_n = ceil_div(args.n, Tile::kBlockN * args.cluster_n);
+  const int rank_m = rank >> shift_n, rank_n = rank & (args.cluster_n - 1);
+  const int tiles_n = ceil_shift(ceil_div(args.n, Tile::kBlockN), shift_n);
 
-  int tile = blockIdx.x / cluster_size;
+  bool mailbox_exists = false;
+  const auto send = [&](const Work& work) {
+    if (!mailbox_exists) ptx::cluster_wait();
+    mailbox_exists = true;
+    if (lane == 0) mailbox.send(work);
+  };
+
+  int tile = blockIdx.x >> (shift_m + shift_n);
   int begin = 0;  // first tile of the 32 segments at hand
   Before before;
   for (int base = 0; base < num_segments(args); base += 32) {
     Segment mine = segment(args, base, lane, before);
     if (mine.k_blocks == 0 && args.flags & kAccumulate) mine.rows = 0;
-    const int tiles = ceil_div(mine.rows, rows_per_tile) * tiles_n;
-    const int end = begin + prefix_sum(tiles, ~0u, lane);
-    for (;; tile += gridDim.x / cluster_size) {
+    const int my_tiles_m = ceil_shift(ceil_div(mine.rows, Tile::kBlockM), shift_m);
+    const int my_tiles = my_tiles_m * tiles_n;
+    const int end = begin + prefix_sum(my_tiles, ~0u, lane);
+    for (;; tile += gridDim.x >> (shift_m + shift_n)) {
       const uint32_t later = __ballot_sync(~0u, tile < end);
       if (later == 0) break;
       const int owner = __ffs(later) - 1;
       const auto of_owner = [&](int x) { return __shfl_sync(~0u, x, owner); };
-      const int index = tile - of_owner(end - tiles);
-      const int rows = of_owner(mine.rows);
-      const int tiles_m = ceil_div(rows, rows_per_tile);
-      const int band = index / (args.band * tiles_m);
-      const int width = min(args.band, tiles_n - band * args.band);
-      const int in_band = index - band * args.band * tiles_m;
-      const int tile_m = in_band / width, tile_n = band * args.band + in_band % width;
+      const uint32_t index = tile - of_owner(end - my_tiles);
+      const uint32_t tiles_of_band = args.band * of_owner(my_tiles_m);
+      const uint32_t band = index / tiles_of_band;
+      const uint32_t width = min(args.band, tiles_n - static_cast<int>(band) * args.band);
+      const uint32_t in_band = index - band * tiles_of_band;
+      const int tile_m = in_band / width;
+      const int tile_n = band * args.band + in_band - tile_m * width;
 
-      const int row = (tile_m * args.cluster_m + rank_m) * Tile::kBlockM;
-      const int col = (tile_n * args.cluster_n + rank_n) * Tile::kBlockN;
+      const int row = ((tile_m << shift_m) + rank_m) * Tile::kBlockM;
+      const int col = ((tile_n << shift_n) + rank_n) * Tile::kBlockN;
       const int group = of_owner(mine.group);
-      const Work work = {of_owner(mine.lhs_row) + row,   group * args.rhs_group_rows + col,
-                         of_owner(mine.out_row) + row,   col,
-                         min(rows - row, Tile::kBlockM), of_owner(mine.k_block),
-                         of_owner(mine.k_blocks),        group};
-      if (lane == 0) mailbox.send(work);
+      send({of_owner(mine.lhs_row) + row, group * args.rhs_group_rows + col,
+            of_owner(mine.out_row) + row, col, min(of_owner(mine.rows) - row, Tile::kBlockM),
+            of_owner(mine.k_block), of_owner(mine.k_blocks), group});
     }
     begin = __shfl_sync(~0u, end, 31);
   }
-  if (lane == 0) mailbox.send({0, 0, 0, 0, 0, 0, Work::kEnd, 0});
+  send({0, 0, 0, 0, 0, 0, Work::kEnd, 0});
 }
 
 }  // namespace jaxfp8

@@ -69,11 +69,6 @@ __device__ __forceinline__ void bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
-// cp.async.bulk.wait_group: until this thread's stores are complete.
-__device__ __forceinline__ void bulk_wait() {
-  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-}
-
 // cp.async of 4 bytes; of them `bytes` (4 or 0) are read, the rest is zero.
 __device__ __forceinline__ void cp_async_4(uint32_t dst, const void* src, uint32_t bytes) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(dst), "l"(src), "r"(bytes)
@@ -89,6 +84,11 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t row, const uint32_t (&regs)
 }
 
 // ld.shared and st.shared
+__device__ __forceinline__ uint16_t load_shared_b16(uint32_t address) {
+  uint16_t v;
+  asm volatile("ld.shared.b16 %0, [%1];" : "=h"(v) : "r"(address) : "memory");
+  return v;
+}
 __device__ __forceinline__ float load_shared_f1(uint32_t address) {
   float v;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");

@@ -21,9 +21,15 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
-// barrier.cluster: all threads of all CTAs of the cluster.
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
+// barrier.cluster.arrive.relaxed: orders no memory accesses. With fence.mbarrier_init before it, it
+// publishes those barriers; a releasing arrival would wait for all of the thread's accesses.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
+
+// barrier.cluster.wait: until all threads of all CTAs of the cluster have arrived.
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait;" ::: "memory");
 }
 
 // mapa: the address in CTA `rank` of the cluster that corresponds to this CTA's `address`.

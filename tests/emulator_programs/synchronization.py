@@ -236,7 +236,7 @@ def _remote_arrive(opcode: str) -> Program:
         + f"""
     ld.param.u64 %d1, [p0];
     mov.u32 %r1, %cluster_ctarank;
-    barrier.cluster.arrive;
+    barrier.cluster.arrive.relaxed;
     barrier.cluster.wait;
     mad.lo.u32 %r2, %r100, 4, %r102;
     setp.eq.u32 %p1, %r1, 0;

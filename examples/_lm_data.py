@@ -1,4 +1,4 @@
-"""Data of train_lm: the source files of the running Python's standard library, as bytes."""
+"""Data of train_lm, as bytes: the source of the running Python's standard library, or of a directory."""
 
 from __future__ import annotations
 
@@ -37,25 +37,43 @@ class Corpus:
 
 
 def standard_library() -> Corpus:
-    """Every file goes to one side by a hash of its path: one in ten is validation text.
-
-    Files are joined in the order of their paths, so the corpus depends on the Python version alone.
+    """The corpus depends on the Python version alone.
 
     **Raises:** InputError if the interpreter has no library sources on disk.
     """
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    sides: tuple[list[bytes], list[bytes]] = ([], [])
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root)
+
+    def is_text(name: pathlib.PurePath) -> bool:
         # _sysconfigdata* holds the paths of the machine that built the interpreter.
-        if _EXCLUDED.isdisjoint(name.parts) and not name.name.startswith("_sysconfigdata"):
+        return _EXCLUDED.isdisjoint(name.parts) and not name.name.startswith("_sysconfigdata")
+
+    return _corpus(root, (".py",), is_text, "is the interpreter installed without its sources?")
+
+
+def directory(root: pathlib.Path) -> Corpus:
+    """All Python, Markdown, reStructuredText and plain text below `root`.
+
+    **Raises:** InputError if that is less than 200,000 bytes.
+    """
+    return _corpus(root, (".py", ".md", ".rst", ".txt"), lambda name: True, "is it a directory?")
+
+
+def _corpus(root: pathlib.Path, suffixes, is_text, hint: str) -> Corpus:
+    """Every file goes to one side by a hash of its path: one in ten is validation text.
+
+    Files are joined in the order of their paths. One with a NUL byte is no text.
+    """
+    sides: tuple[list[bytes], list[bytes]] = ([], [])
+    for path in sorted(p for p in root.rglob("*") if p.suffix in suffixes and p.is_file()):
+        name = path.relative_to(root)
+        if is_text(name) and SEPARATOR not in (text := path.read_bytes()):
             is_validation = zlib.crc32(name.as_posix().encode()) % 10 == 0
-            sides[is_validation].append(SEPARATOR + path.read_bytes())
+            sides[is_validation].append(SEPARATOR + text)
     train, validation = (np.frombuffer(b"".join(side), np.uint8) for side in sides)
     if min(train.size, validation.size) < 100_000:
         raise InputError(
-            f"the standard library at {root} has {train.size + validation.size} bytes of source; "
-            "at least 200000 are needed (is the interpreter installed without its sources?)"
+            f"{root} has {train.size} bytes of text to train on and {validation.size} to validate "
+            f"on; at least 100000 of each are needed ({hint})"
         )
     return Corpus(train, validation, (len(sides[0]), len(sides[1])))
 

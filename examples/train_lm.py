@@ -5,7 +5,8 @@
     JAX_NUM_CPU_DEVICES=8 python examples/train_lm.py --mesh data=4,model=2 [--fsdp]
     JAX_NUM_CPU_DEVICES=8 python examples/train_lm.py --mesh expert=8 --experts 8
 
-The text is the Python source of the running interpreter's standard library, read byte by byte. Both
+The text is the Python source of the running interpreter's standard library, or what is below --text
+DIR, read byte by byte. Both
 models start from the same parameters and see the same batches. Only the products of the layers
 differ: jnp.dot and jax.lax.ragged_dot on bfloat16, or jaxfp8.linear, jaxfp8.mlp and
 jaxfp8.ragged_mlp, which quantize an activation where they compute it. As in DeepSeek-V3 (arXiv
@@ -593,6 +594,7 @@ def train(
     resume: bool = False,
     stop_after: int | None = None,
     parallel: Parallel = ONE_DEVICE,
+    text: pathlib.Path | None = None,
 ) -> dict[str, Any] | None:
     """Trains both models, writes the results into `out`, and returns the summary.
 
@@ -601,7 +603,7 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     console = report.console
     console.quiet = jax.process_index() != 0  # one process reports for all
-    corpus = data.standard_library()
+    corpus = data.standard_library() if text is None else data.directory(text)
     unigram = data.unigram_loss(corpus)
     windows = data.Windows(corpus.train, settings.sequence, settings.seed)
     # The same windows for every seed, so that seeds compare; in larger batches: no gradients.
@@ -619,7 +621,7 @@ def train(
     kind = f"{settings.model.experts} experts, 2 a token" if settings.moe else "dense"
     console.print(
         f"{parameters / 1e6:.2f} M parameters, {kind}; "
-        f"to train on, {corpus.train.size / 1e6:.1f} MB of Python in {corpus.files[0]} files; "
+        f"to train on, {corpus.train.size / 1e6:.1f} MB of text in {corpus.files[0]} files; "
         f"to validate on, {validation[:, :, 1:].size:,} bytes of {corpus.files[1]} others\n"
         f"{settings.steps} steps of {settings.batch} x {settings.sequence} bytes, "
         f"seed {settings.seed}, {settings.recipe} on {jax.devices()[0].device_kind}, {parallel}"
@@ -784,6 +786,13 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Settings, dict[str, 
     mesh.add_argument("--process", type=int, metavar="I", help="which this one is, from 0")
 
     training = parser.add_argument_group("training")
+    training.add_argument(
+        "--text",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="read all .py, .md, .rst and .txt files below it, in place of the standard library's "
+        "source (about 8 MB); a long run wants more text than it reads",
+    )
     training.add_argument("--steps", type=positive(int), help="default: the size's")
     training.add_argument(
         "--batch", type=positive(int), help="windows a step (default: the size's)"
@@ -885,7 +894,8 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Settings, dict[str, 
     numbered = args.processes is not None and args.process is not None
     if (args.coordinator not in (None, "auto")) != numbered:
         parser.error("--coordinator HOST:PORT, --processes and --process need one another")
-    names = ("out", "checkpoint", "resume", "stop_after", "coordinator", "processes", "process")
+    names = ("out", "checkpoint", "resume", "stop_after", "text")
+    names += ("coordinator", "processes", "process")
     return settings, {"parallel": parallel} | {name: getattr(args, name) for name in names}
 
 

@@ -353,6 +353,20 @@ def test_the_corpus_is_deterministic_and_its_sides_share_no_file(corpus):
     assert 0.05 < first.validation.size / first.train.size < 0.2
 
 
+def test_a_directory_gives_its_text_files_and_nothing_else(tmp_path):
+    (tmp_path / "deep").mkdir()
+    for i in range(40):
+        (tmp_path / "deep" / f"{i}.md").write_text(f"{i} words of text\n" * 2000)
+    (tmp_path / "picture.txt").write_bytes(b"\0" * 100_000)
+    (tmp_path / "table.csv").write_text("1,2\n" * 100_000)
+    corpus = data.directory(tmp_path)
+    sides = [x.tobytes().split(data.SEPARATOR)[1:] for x in (corpus.train, corpus.validation)]
+    assert tuple(map(len, sides)) == corpus.files and sum(corpus.files) == 40
+    assert all(b" words of text\n" in text for side in sides for text in side)
+    with pytest.raises(data.InputError, match="0 bytes of text to train on"):
+        data.directory(tmp_path / "nowhere")
+
+
 def test_every_window_is_read_once_an_epoch_in_an_order_of_the_seed():
     text = np.arange(101, dtype=np.uint8)
     windows = data.Windows(text, 10, seed=0)

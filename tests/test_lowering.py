@@ -186,7 +186,9 @@ def mlp_calls(ragged, ahead):
     return forward, step + [f"activation_{ragged}both", f"activation_{ragged}grad_both"]
 
 
-@pytest.mark.parametrize("ahead", ["none", "up", "down", "both"])
+@pytest.mark.parametrize(
+    "ahead", ["none", "both", *(pytest.param(w, marks=pytest.mark.slow) for w in ("up", "down"))]
+)
 @pytest.mark.parametrize("name", MLPS)
 def test_an_mlp_is_six_products_and_an_activation_is_read_once(name, ahead):
     """The products of a weight that was quantized ahead read its copies: nothing quantizes it again."""

@@ -152,7 +152,7 @@ def placed_train(mesh, y):
 
 @pytest.mark.parametrize(
     ("mesh", "case", "gated"),
-    cases([("auto", "data+tensor", True), ("explicit", "fsdp+tensor", True)]),
+    cases([("explicit", "fsdp+tensor", True)]),
 )
 def test_shards_of_an_mlp_have_the_values_and_gradients_of_one_device(mesh, case, gated):
     mesh, (arrays, want) = MESHES[mesh], one_device(gated)
@@ -302,14 +302,9 @@ EXPERTS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("mesh", "case"),
-    [
-        (m, c) if (m, c) == ("explicit", "tensor") else pytest.param(m, c, marks=SLOW)
-        for m in MESHES
-        for c in EXPERTS
-    ],
-)
+@pytest.mark.slow
+@each_mesh
+@pytest.mark.parametrize("case", EXPERTS)
 def test_sharded_experts_have_the_values_and_gradients_of_one_device(mesh, case):
     mesh, (arrays, want) = MESHES[mesh], experts_on_one_device()
     *ins, y = (NamedSharding(mesh, s) for s in EXPERTS[case])
@@ -451,7 +446,9 @@ def test_forward_mode_is_refused_as_of_linear(kind, transform):
 
 
 @pytest.mark.parametrize("gated", [pytest.param(False, marks=SLOW), True], ids=["plain", "gated"])
-@pytest.mark.parametrize("empty", ["tokens", "K", "F", "N"])
+@pytest.mark.parametrize(
+    "empty", ["tokens", "F", *(pytest.param(d, marks=SLOW) for d in ("K", "N"))]
+)
 def test_an_mlp_of_nothing_is_zero(empty, gated):
     size = dict(tokens=70, K=96, F=128, N=72) | {empty: 0}
     m, k, f, n = size.values()
@@ -465,7 +462,11 @@ def test_an_mlp_of_nothing_is_zero(empty, gated):
 
 
 @pytest.mark.parametrize(
-    ("m", "sizes"), [(40, [0, 0, 0]), (0, [0, 5])], ids=["empty groups", "no tokens"]
+    ("m", "sizes"),
+    [
+        pytest.param(40, [0, 0, 0], id="empty groups", marks=SLOW),
+        pytest.param(0, [0, 5], id="no tokens"),
+    ],
 )
 def test_experts_without_tokens_are_zero(m, sizes):
     (x, dy), (w_up, w_down) = tokens(m, 96, 72), weights(96, 128, 72, True, (len(sizes),))
@@ -479,6 +480,7 @@ def test_experts_without_tokens_are_zero(m, sizes):
         assert v.shape == like.shape and not v.any()
 
 
+@pytest.mark.slow
 def test_exact_gelu_runs_unfused_as_the_documentation_says():
     """What is fused is the tanh approximation."""
     (x, _), (w_up, w_down) = tokens(40, 96, 72), weights(96, 128, 72, False)

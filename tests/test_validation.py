@@ -191,7 +191,6 @@ def test_an_mlp_is_compared_as_its_two_products():
             assert SEPARATE[0] < error < SEPARATE[1]
     want, grads = jax.value_and_grad(loss(jnp_mlp))(params, x)
     np.testing.assert_allclose(found.reference_loss, want, rtol=1e-5)
-    np.testing.assert_allclose(found.loss, jax.jit(loss(mlp_of))(params, x), rtol=1e-6)
     assert abs(found.relative_loss_difference) > 1e-4
     for g, like in zip(found.gradients, jax.tree.leaves(grads), strict=True):
         np.testing.assert_allclose(g.reference_norm, np.linalg.norm(like), rtol=1e-4)
@@ -291,6 +290,7 @@ def test_an_operation_without_a_reference_is_not_compared_with_itself():
         jaxfp8.validate.compare(loss, f32(3, 128, 128), x)
 
 
+@pytest.mark.slow
 def test_copies_of_a_weight_that_no_product_reads_are_not_taken_for_exact():
     """Else what a model does with them would be in FP8 on both sides."""
 

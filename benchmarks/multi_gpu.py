@@ -5,6 +5,9 @@
 Each run is `examples/train_lm.py --mesh ...` in a process of its own; FP8 and BF16 train side by side in it, on one
 mesh. Strong scaling keeps the batch, and must keep the loss of one device; weak scaling (data) grows it with the
 devices. On a CPU, JAX_NUM_CPU_DEVICES=8 makes the devices.
+
+A mesh that cannot cut the model is left out, with its reason: FSDP wants 128 columns of the model's width on each
+device (medium: 4 devices, large: 8), tensor parallelism a head (small: 4, medium: 8). Larger sizes have those meshes.
 """
 
 import argparse
@@ -48,7 +51,9 @@ def train(options, limit):
             return {"error": f"over {limit} s"}
         path = pathlib.Path(folder, "summary.json")
         if done.returncode or not path.exists():
-            return {"error": (done.stderr or done.stdout).strip()[-400:]}
+            message = (done.stderr or done.stdout).strip()
+            refused = message.startswith("train_lm: ") and "must divide" in message
+            return {"left_out" if refused else "error": message[-400:]}
         summary = json.loads(path.read_text())
     return {
         "device": summary["device"],
@@ -81,7 +86,7 @@ def measure(arguments):
                     "batch": size,
                     **result,
                 }
-                if "error" not in row:
+                if "device" in row:
                     base = (
                         one.setdefault("--moe" in options, row)
                         if n == 1
@@ -107,15 +112,19 @@ def compare(row, base, n):
 
 def print_row(row):
     name = f"{row['devices']} x {row['parallelism']}, {row['scaling']}"
-    if "error" in row:
-        print(f"{name:34} FAILED {row['error'][-150:]}", flush=True)
-        return
-    cells = [
-        f"{side} {row[side]['tokens_per_second']:,.0f} tokens/s, efficiency "
-        f"{row[side].get('efficiency', 0):.2f}, loss {row[side]['loss']:.4f} "
-        f"({100 * row[side].get('loss_against_one', 0):+.3f} %)"
-        for side in ("fp8", "bf16")
-    ]
+    for outcome, text in (("left_out", "LEFT OUT"), ("error", "FAILED")):
+        if outcome in row:
+            print(f"{name:34} {text} {row[outcome][-150:]}", flush=True)
+            return
+    cells = []
+    for side in ("fp8", "bf16"):
+        result = row[side]
+        cell = f"{side} {result['tokens_per_second']:,.0f} tokens/s, loss {result['loss']:.4f}"
+        if "loss_against_one" in result:
+            cell += f" ({100 * result['loss_against_one']:+.3f} %)"
+        if "efficiency" in result:
+            cell += f", efficiency {result['efficiency']:.2f}"
+        cells.append(cell)
     print(f"{name:34} {'; '.join(cells)}", flush=True)
 
 

@@ -1,6 +1,9 @@
 """What the benchmarks measure and report, as far as it needs no GPU."""
 
+import argparse
+import json
 import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -10,6 +13,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import counters  # noqa: E402
 import heuristic_check  # noqa: E402
+import multi_gpu  # noqa: E402
 import readme  # noqa: E402
 import speed  # noqa: E402
 
@@ -71,3 +75,39 @@ def test_a_counter_report_is_read_in_the_order_of_the_launches():
     assert (first["case"], first["kernel"]) == ("a", "gemm_1d2d_x")
     assert second["tensor_pipe_percent"] == 1001.5
     assert list(second["stalls"].items()) == [("wait", 2.0), ("barrier", 0.5)]
+
+
+def test_several_gpus_are_compared_with_one_and_what_does_not_fit_is_left_out(monkeypatch, capsys):
+    """Not an error of the measurement, which fails the whole run; what was not compared says no figure."""
+
+    def run(command, **_):
+        options = " ".join(command)
+        done = subprocess.CompletedProcess(command, 0, "", "")
+        if "--fsdp" in options:
+            done.returncode = 1
+            done.stderr = "train_lm: 128 times data is 256; it must divide the model's width"
+        elif "model=2" in options:
+            done.returncode, done.stderr = 1, "out of memory"
+        else:
+            out = pathlib.Path(command[command.index("--out") + 1])
+            devices = 2 if "--mesh" in options else 1
+            loss = 2.0 if devices == 1 else 2.02
+            side = {"mean_validation_loss": loss, "tokens_per_second": 90.0 * devices}
+            summary = {"device": "d", "jax": "j", "relative_loss_error": 0.0}
+            (out / "summary.json").write_text(json.dumps(summary | {"bf16": side, "fp8": side}))
+        return done
+
+    monkeypatch.setattr(subprocess, "run", run)
+    settings = argparse.Namespace(size="tiny", steps=4, batch=8, devices=[1, 2], limit=9)
+    rows = multi_gpu.measure(settings)
+    by = {(r["devices"], r["parallelism"], r["scaling"]): r for r in rows}
+    assert "must divide" in by[2, "FSDP", "strong"]["left_out"]
+    assert by[2, "tensor", "strong"]["error"] == "out of memory"
+    strong, weak = by[2, "data", "strong"], by[2, "data", "weak"]
+    assert strong["fp8"]["efficiency"] == weak["fp8"]["efficiency"] == 1
+    assert strong["fp8"]["loss_against_one"] == pytest.approx(0.01)
+    assert "loss_against_one" not in weak["fp8"] and weak["batch"] == 16
+    capsys.readouterr()
+    multi_gpu.measure(argparse.Namespace(**vars(settings) | {"devices": [2]}))
+    text = capsys.readouterr().out
+    assert "efficiency" not in text and "LEFT OUT" in text and "FAILED out of memory" in text

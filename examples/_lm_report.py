@@ -152,10 +152,10 @@ def progress_text(histories: dict[str, History]) -> str:
 
 
 def print_evaluation(step: int, histories: dict[str, History]) -> None:
-    bf16, fp8 = (histories[name].validation_loss[-1] for name in ("bf16", "fp8"))
-    console.print(
-        f"step {step:5d}  validation loss  bf16 {bf16:.4f}  fp8 {fp8:.4f}  ({fp8 / bf16 - 1:+.3%})"
-    )
+    losses = {name: history.validation_loss[-1] for name, history in histories.items()}
+    bf16 = losses.pop("bf16")
+    others = (f"{name} {loss:.4f}  ({loss / bf16 - 1:+.3%})" for name, loss in losses.items())
+    console.print(f"step {step:5d}  validation loss  bf16 {bf16:.4f}", *others, sep="  ")
 
 
 class History:
@@ -181,17 +181,25 @@ class History:
 # ------------------------------------------------------------------------------------------------
 
 
+TWIN = "bf16_twin"
+
+
+def relative_difference(histories: dict[str, History], name: str) -> np.ndarray:
+    """Of a run's validation losses and BF16's."""
+    bf16, other = (np.array(histories[n].validation_loss) for n in ("bf16", name))
+    return (other - bf16) / bf16
+
+
 def compare(
     steps: list[int], histories: dict[str, History], unigram: float, products: list[dict]
 ) -> dict[str, Any]:
     """The summary: losses in nats a byte, means over the last quarter of the evaluations.
 
     `relative_loss_error` is the mean of |FP8 - BF16| / BF16; `relative_loss_difference` keeps the
-    sign.
+    sign. With a BF16 twin, `relative_loss_noise` is its error.
     """
     last = max(1, len(steps) // 4)
-    bf16, fp8 = (np.array(histories[name].validation_loss) for name in ("bf16", "fp8"))
-    difference = ((fp8 - bf16) / bf16)[-last:]
+    difference = relative_difference(histories, "fp8")[-last:]
     summary: dict[str, Any] = {
         "relative_loss_error": float(np.mean(np.abs(difference))),
         "relative_loss_difference": float(np.mean(difference)),
@@ -199,6 +207,9 @@ def compare(
         "evaluations_in_mean": last,
         "unigram_loss": unigram,
     }
+    if TWIN in histories:
+        noise = relative_difference(histories, TWIN)[-last:]
+        summary["relative_loss_noise"] = float(np.mean(np.abs(noise)))
     for name, history in histories.items():
         summary[name] = {
             "first_validation_loss": history.validation_loss[0],
@@ -235,6 +246,9 @@ def comparison_table(summary: dict[str, Any]) -> Table:
         "",
         f"[bold]{summary['relative_loss_error']:.3%}[/]",
     )
+    if "relative_loss_noise" in summary:
+        noise = f"{summary['relative_loss_noise']:.3%}"
+        table.add_row("that of a BF16 twin: chance", noise, "")
     return table
 
 
@@ -256,7 +270,7 @@ def write(
 def _plot(steps: list[int], histories: dict[str, History], summary: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(9, 6), layout="constrained")
     loss, error = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    styles = {"bf16": ("tab:blue", "-"), "fp8": ("tab:orange", "--")}
+    styles = {"bf16": ("tab:blue", "-"), "fp8": ("tab:orange", "--"), TWIN: ("tab:gray", ":")}
     for name, history in histories.items():
         color, line = styles[name]
         loss.plot(
@@ -273,12 +287,13 @@ def _plot(steps: list[int], histories: dict[str, History], summary: dict[str, An
     loss.axhline(summary["unigram_loss"], color="gray", linestyle=":", label="unigram")
     loss.set_ylabel("loss (nats a byte)")
     loss.legend()
-    bf16, fp8 = (np.array(histories[n].validation_loss) for n in ("bf16", "fp8"))
-    error.plot(steps, 100 * (fp8 - bf16) / bf16, color="tab:orange", marker="o")
+    for name in histories.keys() - {"bf16"}:
+        color, line = styles[name]
+        error.plot(steps, 100 * relative_difference(histories, name), line, color=color, marker="o")
     error.axhspan(-0.25, 0.25, color="gray", alpha=0.2, label="within 0.25 %")
     error.legend()
     error.xaxis.set_major_locator(MaxNLocator(integer=True))
-    error.set_ylabel("FP8 against BF16 (%)")
+    error.set_ylabel("against BF16 (%)")
     error.set_xlabel("step")
     return figure
 

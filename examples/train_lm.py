@@ -182,6 +182,14 @@ def init(model: Model, key: Array) -> Params:
     }
 
 
+def init_nearby(model: Model, key: Array) -> Params:
+    """As `init`, but each weight is off by about a thousandth: how much chance decides."""
+    params, tree = jax.tree.flatten(init(model, key))
+    keys = jax.random.split(jax.random.fold_in(key, 1), len(params))
+    shifts = [1 + 1e-3 * jax.random.normal(k, p.shape) for k, p in zip(keys, params, strict=True)]
+    return jax.tree.unflatten(tree, [p * s for p, s in zip(params, shifts, strict=True)])
+
+
 def rms_norm(x: Array, gain: Array) -> Array:
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y**2, axis=-1, keepdims=True) + 1e-6) * gain
@@ -406,6 +414,7 @@ class Settings:
     seed: int
     scale_format: Any
     grad_dtype: str
+    twin: bool = False
 
     @property
     def model(self) -> Model:
@@ -448,16 +457,21 @@ def optimizer_of(settings: Settings) -> optax.GradientTransformation:
 
 
 class Run:
-    """One of the two trainings: its products, its state, its compiled steps, its history.
+    """One of the trainings: its products, its state, its compiled steps, its history.
 
     `state` is (parameters, optimizer state). The step donates it, so that a model's memory is held
     once.
     """
 
     def __init__(
-        self, name: str, products: Products, settings: Settings, parallel: Parallel = ONE_DEVICE
+        self,
+        name: str,
+        products: Products,
+        settings: Settings,
+        parallel: Parallel = ONE_DEVICE,
+        init: Callable[[Model, Array], Params] = init,
     ):
-        self.name, self.products, self.settings = name, products, settings
+        self.name, self.products, self.settings, self._init = name, products, settings, init
         self.model, self.parallel = settings.model, parallel
         self.optimizer = optimizer_of(settings)
         self.state = self._initial_state(jax.random.key(settings.seed))
@@ -465,12 +479,12 @@ class Run:
 
     def _initial_state(self, key: Array) -> Any:
         if not self.parallel.active:
-            params = init(self.model, key)
+            params = self._init(self.model, key)
             # Placed explicitly, as a restored state is: a resumed run is the same program.
             return jax.device_put((params, self.optimizer.init(params)), jax.devices()[0])
 
         def make(key):
-            params = init(self.model, key)
+            params = self._init(self.model, key)
             return params, self.optimizer.init(params)
 
         params, optimizer_state = jax.eval_shape(make, key)
@@ -617,6 +631,8 @@ def train(
         "bf16": Run("bf16", bf16_products(), settings, parallel),
         "fp8": Run("fp8", fp8_products(settings.recipe), settings, parallel),
     }
+    if settings.twin:
+        runs[report.TWIN] = Run(report.TWIN, bf16_products(), settings, parallel, init_nearby)
     parameters = sum(x.size for x in jax.tree.leaves(runs["bf16"].state[0]))
     kind = f"{settings.model.experts} experts, 2 a token" if settings.moe else "dense"
     console.print(
@@ -804,6 +820,12 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Settings, dict[str, 
         "--seed", type=int, default=0, help="of the parameters and the batches (default: 0)"
     )
     training.add_argument(
+        "--twin",
+        action="store_true",
+        help="train a second BF16 model, its first weights off by a thousandth: how far the losses "
+        "of two such models lie apart by chance",
+    )
+    training.add_argument(
         "--evaluations",
         type=positive(int),
         default=8,
@@ -869,6 +891,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Settings, dict[str, 
         seed=args.seed,
         scale_format=args.scale_format,
         grad_dtype=args.grad_dtype,
+        twin=args.twin,
     )
     if settings.seed < 0:
         parser.error(f"--seed is {settings.seed}; allowed: zero or a positive int")

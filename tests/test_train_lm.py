@@ -443,6 +443,23 @@ def test_the_relative_loss_error_is_the_mean_over_the_last_quarter():
     assert summary["fp8"]["final_bits_per_byte"] == pytest.approx(1.9 / np.log(2))
 
 
+def test_a_twin_is_compared_as_fp8_is():
+    losses = {"bf16": [4.0, 2.0], "fp8": [4.0, 2.1], report.TWIN: [4.0, 1.9]}
+    histories = {name: report.History({"validation_loss": v}) for name, v in losses.items()}
+    summary = report.compare([1, 2], histories, unigram=3.0, products=[])
+    assert summary["relative_loss_error"] == pytest.approx(0.05)
+    assert summary["relative_loss_noise"] == pytest.approx(0.05)
+    del histories[report.TWIN]
+    assert "relative_loss_noise" not in report.compare([1, 2], histories, unigram=3.0, products=[])
+
+
+def test_a_twin_starts_a_thousandth_away():
+    params = train_lm.init(MODEL, jax.random.key(3))
+    twin = train_lm.init_nearby(MODEL, jax.random.key(3))
+    shifts = jax.tree.map(lambda p, q: np.std(np.array(q) / np.array(p) - 1), params, twin)
+    np.testing.assert_allclose(jax.tree.leaves(shifts), 1e-3, rtol=0.3)
+
+
 def test_a_diverged_run_ends_with_an_error(monkeypatch):
     settings, _ = train_lm.parse_arguments(["--tiny"])
     run = train_lm.Run("fp8", train_lm.fp8_products(settings.recipe), settings)

@@ -189,7 +189,10 @@ def _reference_ragged(x, w, sizes, *quantized, call: Call):
     return [product(x.astype(dtype), w.astype(dtype), sizes).astype(call.get("out_dtype"))]
 
 
-_ACTIVATIONS = {"silu": jax.nn.silu, "gelu": functools.partial(jax.nn.gelu, approximate=True)}
+_ACTIVATIONS: dict[str, Callable[..., Any]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 
 def _two_products(operation, arrays, call: Call):

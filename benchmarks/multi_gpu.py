@@ -53,7 +53,9 @@ def train(options, limit):
         if done.returncode or not path.exists():
             message = (done.stderr or done.stdout).strip()
             refused = message.startswith("train_lm: ") and "must divide" in message
-            return {"left_out" if refused else "error": message[-400:]}
+            if refused:
+                return {"left_out": message}
+            return {"error": f"exit status {done.returncode}: {message[-400:]}"}  # -9: killed
         summary = json.loads(path.read_text())
     return {
         "device": summary["device"],
@@ -114,7 +116,7 @@ def print_row(row):
     name = f"{row['devices']} x {row['parallelism']}, {row['scaling']}"
     for outcome, text in (("left_out", "LEFT OUT"), ("error", "FAILED")):
         if outcome in row:
-            print(f"{name:34} {text} {row[outcome][-150:]}", flush=True)
+            print(f"{name:34} {text} {row[outcome]}", flush=True)
             return
     cells = []
     for side in ("fp8", "bf16"):

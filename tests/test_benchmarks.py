@@ -102,7 +102,7 @@ def test_several_gpus_are_compared_with_one_and_what_does_not_fit_is_left_out(mo
     rows = multi_gpu.measure(settings)
     by = {(r["devices"], r["parallelism"], r["scaling"]): r for r in rows}
     assert "must divide" in by[2, "FSDP", "strong"]["left_out"]
-    assert by[2, "tensor", "strong"]["error"] == "out of memory"
+    assert by[2, "tensor", "strong"]["error"] == "exit status 1: out of memory"
     strong, weak = by[2, "data", "strong"], by[2, "data", "weak"]
     assert strong["fp8"]["efficiency"] == weak["fp8"]["efficiency"] == 1
     assert strong["fp8"]["loss_against_one"] == pytest.approx(0.01)
@@ -110,4 +110,8 @@ def test_several_gpus_are_compared_with_one_and_what_does_not_fit_is_left_out(mo
     capsys.readouterr()
     multi_gpu.measure(argparse.Namespace(**vars(settings) | {"devices": [2]}))
     text = capsys.readouterr().out
-    assert "efficiency" not in text and "LEFT OUT" in text and "FAILED out of memory" in text
+    assert (
+        "efficiency" not in text
+        and "LEFT OUT" in text
+        and "FAILED exit status 1: out of memory" in text
+    )

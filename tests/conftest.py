@@ -1,10 +1,15 @@
-"""Eight CPU devices for every test, set before JAX starts."""
+"""Eight CPU devices and quick compilation for every test and the processes it starts, set before JAX starts."""
 
 import os
 
-import pytest
+from tests.optimization import QUICK_FLAGS
 
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+def pytest_configure(config):
+    flags = "--xla_force_host_platform_device_count=8"
+    if config.option.markexpr != "gpu":  # there XLA compiles as for a user
+        flags += f" {QUICK_FLAGS}"
+    os.environ.setdefault("XLA_FLAGS", flags)
 
 
 def pytest_collection_modifyitems(items):
@@ -12,13 +17,3 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("emulated") or item.get_closest_marker("emulator"):
             item.add_marker("no_cover")
-
-
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """For many small programs: spend less in LLVM. XLA's own passes stay on."""
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

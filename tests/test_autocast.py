@@ -27,13 +27,6 @@ FLIPS = 5e-3
 """The same where last bits of a deep model's activations and cotangents may flip FP8 roundings."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def normal(seed, *shape, dtype=jnp.float32):
     x = np.random.default_rng(seed).standard_normal(shape, np.float32)
     return jnp.asarray(x / (shape[-2] ** 0.5 if len(shape) > 1 else 1), dtype)

@@ -42,14 +42,6 @@ def route_of(kind):
 ROUTES = {kind: route_of(kind) for kind in ("uneven", "one device", "some to none")}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Many small programs: spend less in LLVM. XLA's own passes stay on."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def mesh_of(*shape, axis_type=AxisType.Auto):
     axes = ("e", "d")[: len(shape)]
     devices = jax.devices()[: int(np.prod(shape))]

@@ -34,14 +34,6 @@ X, W, DY = normal(256, 256), normal(256, 384) / 16, normal(256, 384)
 EXPERTS = normal(4, 256, 384) / 16
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Many small programs: spend less in LLVM. XLA's own passes stay on."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def ragged(x, w):
     return jaxfp8.ragged_dot(x, w, SIZES)
 

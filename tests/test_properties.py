@@ -68,14 +68,6 @@ def examples(count):
     return settings(max_examples=count, deadline=None)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Many small programs: spend less in LLVM. XLA's own passes stay on."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 # --- random inputs --------------------------------------------------------------------------------
 
 SEEDS = st.integers(0, 2**32 - 1)

@@ -12,10 +12,7 @@ import jaxfp8
 from tests import oracle, programs
 from tests.frameworks import assert_products, compare, normal
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:qwix.*"),
-    pytest.mark.usefixtures("quick_compilation"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:qwix.*")
 
 E4M3 = jnp.float8_e4m3fn
 FP8 = dict(weight_qtype=E4M3, act_qtype=E4M3)

@@ -52,14 +52,12 @@ def data():
 @pytest.fixture(scope="module")
 def guide():
     """What every block of the guide leaves behind, one after the other in one namespace."""
-    jax.config.update("jax_disable_most_optimizations", True)
     space, results = data(), []
     for section, code in blocks():
         for name in ("value", "grads", "sums", "y"):
             space.pop(name, None)
         exec(compile(code, f"docs/scaling.md: {section}", "exec"), space)
         results.append((section, dict(space)))
-    jax.config.update("jax_disable_most_optimizations", False)
     return results
 
 

@@ -44,14 +44,6 @@ MESHES = {"auto": AUTO, "explicit": EXPLICIT}
 each_mesh = pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Many small programs: spend less in LLVM. XLA's own passes stay on."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def normal(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 

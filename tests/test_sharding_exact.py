@@ -21,14 +21,6 @@ LAYERS, TOKENS, K, N = 2, 1024, 512, 512
 RNG = np.random.default_rng(0)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Many small programs: spend less in LLVM. XLA's own passes stay on."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def integers(*shape):
     return RNG.integers(-7, 8, shape).astype(np.float32)
 

@@ -32,9 +32,8 @@ TINY = ["--tiny", "--steps=8", "--evaluations=4", "--validation-windows=8"]
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once(tmp_path_factory):
-    """Most of the time is XLA's: few optimizations, and a resumed run finds its programs."""
+    """Most of the time is XLA's: a resumed run finds its programs."""
     values = {
-        "jax_disable_most_optimizations": True,
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
     }

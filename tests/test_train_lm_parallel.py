@@ -22,6 +22,7 @@ import _lm_parallel  # noqa: E402
 import scaling_model  # noqa: E402
 import train_lm  # noqa: E402
 
+from tests.optimization import QUICK_FLAGS  # noqa: E402
 from tests.programs import stated_dtypes, traffic  # noqa: E402
 
 SLOW = pytest.mark.slow
@@ -44,9 +45,7 @@ d <= 2**-3 apart. It crosses a rounding threshold with probability e / d and the
 def small_model():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(train_lm.SIZES, "tiny", SIZE)
-        jax.config.update("jax_disable_most_optimizations", True)
         yield
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 def run_of(flags, fp8=True):
@@ -214,10 +213,10 @@ def start(flags, processes, out, devices=8):
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    env |= {
+    env = {
+        **os.environ,
+        "XLA_FLAGS": QUICK_FLAGS,
         "JAX_NUM_CPU_DEVICES": str(devices // processes),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_PLATFORMS": "cpu",
     }
     running = []

@@ -41,14 +41,6 @@ TOLERANCE = 2e-6
 EXAMPLES = 3
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Many small programs: spend less in LLVM. XLA's own passes stay on."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def normal(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 

@@ -17,14 +17,6 @@ from tests.frameworks import normal
 SEPARATE = [0.02, 0.06]  # the error of one product of normal data, in its bounds
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Many small programs: spend less in LLVM. XLA's own passes stay on."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def f32(seed, *shape):
     return normal(seed, *shape, dtype=jnp.float32)
 

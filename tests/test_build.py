@@ -90,7 +90,7 @@ def test_ptxas_did_not_serialize_wgmma(image):
 def test_registers_fit_the_launch_bounds(image):
     module = emulator.module(artifact(image, ".ptx"))
     for name, registers, _ in kernels_in_report(image):
-        directives = module.kernel(name).directives
+        directives = module.header(name).directives
         threads = max(directives.get("maxntid") or directives["reqntid"])
         ctas = directives.get("minnctapersm", (1,))[0]
         assert registers * threads * ctas <= REGISTER_FILE, name
@@ -126,36 +126,51 @@ def machine_code(image):
 
 
 def innermost_loops(lines, opcode):
-    """The smallest natural loops that hold `opcode`, each as the set of its line numbers.
+    """The smallest natural loops that hold `opcode`, each as its lines.
 
     A natural loop is what reaches a back edge without passing its header, where that leads nowhere
     else (Aho et al., "Compilers", 9.6.6). Code order would not do: the retry of a wait lies far
     from its loop.
     """
-    labels = {line[:-1]: i for i, line in enumerate(lines) if re.fullmatch(r"\.L_x_\d+:", line)}
-    predecessors = [[] for _ in lines]
+    # Basic blocks begin at labels and after branches.
+    code = [re.sub(r"^\s*/\*\w+\*/\s*", "", line) for line in lines]
+    starts = [0]
+    for i, text in enumerate(code):
+        if re.fullmatch(r"\.L_x_\d+:", text):
+            starts.append(i)
+        if re.search(r"\bBRA\b", text) or re.match(r"EXIT\b", text):
+            starts.append(i + 1)
+    starts = sorted({i for i in starts if i < len(lines)})
+    blocks = [range(a, b) for a, b in zip(starts, [*starts[1:], len(lines)], strict=True)]
+    labels = {code[block[0]][:-1]: i for i, block in enumerate(blocks)}
+    predecessors = [[] for _ in blocks]
     branches = []
-    for i, line in enumerate(lines):
-        text = re.sub(r"^\s*/\*\w+\*/\s*", "", line)
-        target = re.match(r"(@!?U?P\w+\s+)?BRA\b.*`\((\.L_x_\d+)\)", text)
+    for i, block in enumerate(blocks):
+        last = code[block[-1]]
+        target = re.match(r"(@!?U?P\w+\s+)?BRA\b.*`\((\.L_x_\d+)\)", last)
         if target:
             branches.append((i, labels[target[2]]))
             predecessors[labels[target[2]]].append(i)
-        if not re.match(r"(BRA|EXIT)\b", text) and i + 1 < len(lines):
+        if not re.match(r"(BRA|EXIT)\b", last) and i + 1 < len(blocks):
             predecessors[i + 1].append(i)
 
     def body(end, header):
         seen, todo = {header}, [end]
         while todo:
-            line = todo.pop()
-            if line not in seen:
-                seen.add(line)
-                todo += predecessors[line]
+            block = todo.pop()
+            if block not in seen:
+                seen.add(block)
+                todo += predecessors[block]
         return seen
 
+    holds = {i for i, block in enumerate(blocks) if any(opcode in lines[j] for j in block)}
     bodies = [body(end, header) for end, header in branches]
-    loops = [b for b in bodies if 0 not in b and any(opcode in lines[i] for i in b)]
-    return [b for b in loops if not any(other < b for other in loops)]
+    loops = [b for b in bodies if 0 not in b and b & holds]
+    return [
+        [lines[j] for i in sorted(b) for j in blocks[i]]
+        for b in loops
+        if not any(other < b for other in loops)
+    ]
 
 
 @pytest.mark.parametrize("image", [i for i in IMAGES if i.startswith("gemm")])
@@ -164,7 +179,7 @@ def test_gemm_loops_multiply_in_the_fp8_tensor_cores_and_never_spill(image):
         loops = innermost_loops(lines, "QGMMA")
         assert loops, kernel
         for loop in loops:
-            spills = [lines[i] for i in sorted(loop) if re.search(r"\b(LDL|STL)\b", lines[i])]
+            spills = [line for line in loop if re.search(r"\b(LDL|STL)\b", line)]
             assert not spills, f"{kernel}: {spills}"
 
 
@@ -204,7 +219,7 @@ def test_every_plan_names_a_kernel_and_fits_it(target):
         seen.add(plan.kernel)
         module = emulator.module(artifact(plan.image, ".ptx"))
         assert plan.kernel in module.entries
-        kernel = module.kernel(plan.kernel)
+        kernel = module.header(plan.kernel)
         threads = kernel.directives.get("reqntid") or kernel.directives["maxntid"]
         assert plan.block[0] * plan.block[1] * plan.block[2] <= threads[0]
         assert plan.dynamic_smem <= MAX_SHARED

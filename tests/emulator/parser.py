@@ -91,15 +91,20 @@ class Module:
     def entries(self) -> list[str]:
         return list(self._bodies)
 
+    def header(self, name: str) -> Kernel:
+        """The kernel of that name without its body: parameters and directives."""
+        if name not in self._bodies:
+            raise PtxSyntaxError(f"no entry named {name!r}; the module has {self.entries}")
+        match, _, _ = self._bodies[name]
+        return Kernel(
+            name, _parameters(match["params"]), _directives(match["dirs"]), self.variables
+        )
+
     @functools.cache  # noqa: B019 - modules are few and live as long as a cache
     def kernel(self, name: str) -> Kernel:
         """The kernel of that name, parsed."""
-        if name not in self._bodies:
-            raise PtxSyntaxError(f"no entry named {name!r}; the module has {self.entries}")
-        match, start, end = self._bodies[name]
-        kernel = Kernel(
-            name, _parameters(match["params"]), _directives(match["dirs"]), self.variables
-        )
+        kernel = self.header(name)
+        _, start, end = self._bodies[name]
         _Body(self._text, start, end, self._line, self._files, kernel).parse()
         return kernel
 
@@ -220,8 +225,14 @@ def _variable(text: str) -> Variable | None:
     )
 
 
+_OPENING = re.compile(r"[{\[(]")
+
+
 def split_operands(text: str) -> list[str]:
     """Split at the commas outside of braces, brackets and parentheses."""
+    if not _OPENING.search(text):
+        parts = [part.strip() for part in text.split(",")]
+        return parts if parts[-1] else parts[:-1]
     result, depth, start = [], 0, 0
     for i, char in enumerate(text):
         if char in "{[(":
@@ -255,6 +266,7 @@ class _Scope:
         return name
 
 
+_BETWEEN = re.compile(r"[\s;]+")
 _LABEL = re.compile(r"([$%A-Za-z_][\w$]*)\s*:(?!:)")
 _NAME = re.compile(r"(?<![\w.$%])[%$A-Za-z_][\w$]*")
 _GUARD = re.compile(r"@(!?)\s*([%\w$]+)\s+")
@@ -277,8 +289,8 @@ class _Body:
     def parse(self):
         while self.position < self.end:
             char = self.text[self.position]
-            if char.isspace() or char == ";":
-                self.position += 1
+            if match := _BETWEEN.match(self.text, self.position, self.end):
+                self.position = match.end()
             elif char == "{":
                 self.scopes += 1
                 self.scope = _Scope(f"S{self.scopes}_", self.scope)

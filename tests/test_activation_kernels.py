@@ -101,12 +101,25 @@ def shape_for(kind, g, m, a, f):
 FORMATS = list(itertools.product((BF16, F16, F32), (oq.E4M3, oq.E5M2)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("halves", [1, 2])
-@pytest.mark.parametrize(("source", "target"), FORMATS, ids=lambda d: NAMES[d])
-def test_every_format_equals_the_oracle(kind, halves, source, target):
+def by_turns(kinds, cases):
+    """(kind, case, halves): with or without a gate, by turns; the other is slow."""
+    found = []
+    for k, kind in enumerate(kinds):
+        for i, case in enumerate(cases):
+            for halves in (1, 2):
+                name = "-".join(NAMES.get(v, str(v)) for v in case)
+                marks = pytest.mark.slow if (k + i + i // 2 + halves) % 2 else ()
+                found.append(
+                    pytest.param(kind, case, halves, id=f"{name}-{halves}-{kind}", marks=marks)
+                )
+    return found
+
+
+@pytest.mark.parametrize("kind, types, halves", by_turns(KINDS, FORMATS))
+def test_every_format_equals_the_oracle(kind, types, halves):
+    source, target = types
     x, dy = operands(kind, shape_for(kind, 1, 20, halves, 40), 1, source)
-    i = FORMATS.index((source, target)) + halves
+    i = FORMATS.index(types) + halves
     assert_exact(
         kind,
         x,
@@ -118,12 +131,11 @@ def test_every_format_equals_the_oracle(kind, halves, source, target):
     )
 
 
-@pytest.mark.parametrize("kind", DENSE)
-@pytest.mark.parametrize("halves", [1, 2])
-@pytest.mark.parametrize(
-    "shape", [(1, 1, 1), (3, 1, 5), (1, 128, 128), (1, 129, 8), (2, 7, 130), (1, 130, 257)], ids=str
-)
-def test_every_shape_equals_the_oracle(kind, halves, shape):
+SHAPES = [(1, 1, 1), (3, 1, 5), (1, 128, 128), (1, 129, 8), (2, 7, 130), (1, 130, 257)]
+
+
+@pytest.mark.parametrize("kind, shape, halves", by_turns(DENSE, SHAPES))
+def test_every_shape_equals_the_oracle(kind, shape, halves):
     g, m, f = shape
     source = F32 if m % 2 and halves == 1 else BF16
     x, dy = operands(kind, shape_for(kind, g, m, halves, f), 2, source)

@@ -25,6 +25,18 @@ BF16 = 2**-8  # neighbours on both sides of a rounding
 BOTH = [jnp.bfloat16, jnp.float32]
 
 
+def under_schedules(cases, seeds=SEEDS, every=5):
+    """(case, seeds): every fifth case under all schedules; the others under one, by turns, and slowly under all."""
+    found = []
+    for i, case in enumerate(cases):
+        every_one = pytest.param(case, seeds, id=f"{case}-all schedules", marks=pytest.mark.slow)
+        if i % every == 0:
+            found.append(pytest.param(case, seeds, id=str(case)))
+        else:
+            found += [pytest.param(case, seeds[i % len(seeds) :][:1], id=str(case)), every_one]
+    return found
+
+
 def emulate(run, seeds=SEEDS, num_sms=2):
     """What `run` gives on the emulated platform, the same bits under every schedule."""
     results = []
@@ -56,17 +68,15 @@ def assert_bits_agree(run, **options):
         np.testing.assert_array_equal(got[name], np.asarray(v), err_msg=name)
 
 
-@pytest.mark.parametrize("shape", cases.GEMM_SHAPES, ids=str)
-def test_gemm_of_any_shape(shape):
-    out_dtype = BOTH[sum(shape) % 2]
-    seeds = SEEDS if shape[0] * shape[1] * shape[2] < 2**22 else (0, 1)
-    assert_products_agree(cases.gemm(shape, out_dtype=out_dtype), seeds=seeds)
+@pytest.mark.parametrize("shape, seeds", under_schedules(cases.GEMM_SHAPES))
+def test_gemm_of_any_shape(shape, seeds):
+    assert_products_agree(cases.gemm(shape, out_dtype=BOTH[sum(shape) % 2]), seeds=seeds)
 
 
-@pytest.mark.parametrize("shape", cases.GEMM_SHAPES[::3], ids=str)
-def test_gemm_of_two_1x128_operands(shape):
+@pytest.mark.parametrize("shape, seeds", under_schedules(cases.GEMM_SHAPES[::3], (0, 1)))
+def test_gemm_of_two_1x128_operands(shape, seeds):
     run = cases.gemm(shape, square=False, out_dtype=BOTH[sum(shape) % 2])
-    assert_products_agree(run, seeds=(0, 1))
+    assert_products_agree(run, seeds=seeds)
 
 
 @pytest.mark.parametrize("square", [True, False], ids=["128x128", "1x128"])
@@ -94,9 +104,9 @@ def test_gemm_shows_nonfinite_blocks():
     np.testing.assert_array_equal(~np.isfinite(got), bad)
 
 
-@pytest.mark.parametrize("groups", cases.GROUPS)
-def test_grouped_gemm(groups):
-    assert_products_agree(cases.grouped(groups, out_dtype=jnp.float32))
+@pytest.mark.parametrize("groups, seeds", under_schedules(cases.GROUPS))
+def test_grouped_gemm(groups, seeds):
+    assert_products_agree(cases.grouped(groups, out_dtype=jnp.float32), seeds=seeds)
 
 
 def test_grouped_gemm_in_bfloat16():
@@ -127,8 +137,8 @@ def test_a_masked_groups_last_tile_does_not_overrun_into_the_next_group():
 
 
 @pytest.mark.parametrize("kind", ["rows", "blocks", "both", "weight"])
-@pytest.mark.parametrize("shape", cases.QUANTIZE_SHAPES, ids=str)
-def test_quantizers_agree_to_the_bit(kind, shape):
+@pytest.mark.parametrize("shape, seeds", under_schedules(cases.QUANTIZE_SHAPES, (0, 1)))
+def test_quantizers_agree_to_the_bit(kind, shape, seeds):
     i = sum(shape)
     run = cases.quantizer(
         kind,
@@ -137,7 +147,7 @@ def test_quantizers_agree_to_the_bit(kind, shape):
         dtype=(cases.E4M3, cases.E5M2)[i // 3 % 2],
         scale_format=("float32", "pow2")[i // 2 % 2],
     )
-    assert_bits_agree(run, seeds=(0, 1))
+    assert_bits_agree(run, seeds=seeds)
 
 
 def every_format(test):
@@ -182,24 +192,23 @@ def test_every_format_of_the_activations_agrees_to_the_bit(
     assert_bits_agree(run)
 
 
-@pytest.mark.parametrize("groups", cases.GROUPS)
-def test_ragged_quantizers_agree_to_the_bit(groups):
-    assert_bits_agree(cases.ragged_quantizer(groups), seeds=(0, 1))
+@pytest.mark.parametrize("groups, seeds", under_schedules(cases.GROUPS, (0, 1)))
+def test_ragged_quantizers_agree_to_the_bit(groups, seeds):
+    assert_bits_agree(cases.ragged_quantizer(groups), seeds=seeds)
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    [
-        jaxfp8.Recipe(),
-        jaxfp8.Recipe(grad_dtype=jnp.float8_e5m2, scale_format="pow2"),
-        jaxfp8.Recipe(num_sms=1),
-    ],
-    ids=repr,
-)
-def test_linear_trains(recipe):
-    assert_products_agree(cases.train_linear((130, 200, 136), recipe), seeds=(0, 1))
+RECIPES = [
+    jaxfp8.Recipe(),
+    jaxfp8.Recipe(grad_dtype=jnp.float8_e5m2, scale_format="pow2"),
+    jaxfp8.Recipe(num_sms=1),
+]
 
 
-@pytest.mark.parametrize("groups", ["unequal", "fewer than M"])
-def test_ragged_dot_trains(groups):
-    assert_products_agree(cases.train_ragged_dot(groups), seeds=(0, 1))
+@pytest.mark.parametrize("recipe, seeds", under_schedules(RECIPES, (0, 1)))
+def test_linear_trains(recipe, seeds):
+    assert_products_agree(cases.train_linear((130, 200, 136), recipe), seeds=seeds)
+
+
+@pytest.mark.parametrize("groups, seeds", under_schedules(["fewer than M", "unequal"], (0, 1)))
+def test_ragged_dot_trains(groups, seeds):
+    assert_products_agree(cases.train_ragged_dot(groups), seeds=seeds)

@@ -13,6 +13,7 @@ at their first execution, in a variant for all lanes and one for a mask of lanes
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -372,12 +373,18 @@ class Program:
             out += [" " + line.replace("$W", where).replace("$M", mask) for line in lines]
         out.append(" pass")
         scope = dict(self.namespace)
-        exec(compile("\n".join(out), f"<node {node.index}>", "exec"), scope)  # noqa: S102
+        exec(_code("\n".join(out)), scope)  # noqa: S102
         if masked:
             node.run_masked = scope["f"]
         else:
             node.run = scope["f"]
         return scope["f"]
+
+
+@functools.lru_cache(maxsize=2**15)
+def _code(source: str):
+    """Kernels, and more so variants of one, have many nodes in common."""
+    return compile(source, "<node>", "exec")
 
 
 def located(error: EmulatorError, instruction: Instruction) -> EmulatorError:

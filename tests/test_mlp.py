@@ -21,14 +21,6 @@ TOLERANCE = 1e-5
 """Shards sum in another order than one device."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Many small programs: spend less in LLVM. XLA's own passes stay on."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def train(f):
     """y, dx, dw_up and dw_down for a given dy."""
 

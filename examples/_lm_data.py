@@ -53,7 +53,7 @@ def standard_library() -> Corpus:
 def directory(root: pathlib.Path) -> Corpus:
     """All Python, Markdown, reStructuredText and plain text below `root`.
 
-    **Raises:** InputError if that is less than 200,000 bytes.
+    **Raises:** InputError if that is less than 100,000 bytes to train on, or to validate on.
     """
     return _corpus(root, (".py", ".md", ".rst", ".txt"), lambda name: True, "is it a directory?")
 

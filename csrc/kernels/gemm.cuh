@@ -1,7 +1,7 @@
 // FP8 block-scaled GEMM for Hopper: out = sum over 128-wide blocks b of the contraction of
-//   scale(row, col, b) * (lhs block . rhs block), the products in the tensor cores, the sum over b
-//   in
-// float32 registers. gemm_1d2d.cuh and gemm_1d1d.cuh say what the scales are.
+//   scale(row, col, b) * (lhs block . rhs block),
+// the products in the tensor cores, the sum over b in float32 registers. gemm_1d2d.cuh and
+// gemm_1d1d.cuh say what the scales are.
 //
 // A persistent CTA an SM. Warpgroup 0 feeds, the others compute:
 //
@@ -11,12 +11,12 @@
 //   math     wgmma m64nNk32, promotion to float32 with the scales, epilogue
 //
 // What protects what:
-//   stage.full    the stage's operands (transaction bytes) and scales (32 lanes of warp 2) are
-//   there stage.empty   every math warp of the cluster is done with the stage. Of the cluster,
-//   since a
-//                 CTA's loads are multicast into the others' stages.
-//   mailbox       see schedule.cuh
-//   staging       each warp's own; its lane 0 waits until the copy engine has read a strip
+//
+// - stage.full: the stage's operands (transaction bytes) and scales (32 lanes of warp 2) are there.
+// - stage.empty: every math warp of the cluster is done with the stage. Of the cluster, since a
+//   CTA's loads are multicast into the others' stages; warp 1 leaves when all stages are empty.
+// - mailbox: see schedule.cuh.
+// - staging: each warp's own; its lane 0 waits until the copy engine has read the strips.
 //
 // With two accumulator sets (kSets = 2) a warpgroup promotes block k while its own wgmma of block
 // k + 1 runs. With one set only the other warpgroup's wgmma runs meanwhile; the registers go into

@@ -235,4 +235,5 @@ def test_training_on_outliers_and_heavy_tails_follows_float32(steps):
     assert not skipped and np.isfinite(got).all()
     last = slice(-steps // 4, None)
     assert abs(got[last].mean() / want[last].mean() - 1) < 0.02
-    assert want[last].mean() < 0.9 * want[: steps // 8].mean()
+    # The target's noise has no variance: the mean of 125 losses is that of its worst batch.
+    assert np.median(want[last]) < 0.7 * want[0]

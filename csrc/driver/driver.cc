@@ -436,13 +436,14 @@ void Device::execute(const LaunchPlan& plan) const {
     args[i] = &maps[num_maps++];
   }
 
+  // Also for clusters of one: without it barrier.cluster.wait is a barrier of the CTA, which a
+  // kernel's warps reach at several places (compute-sanitizer's synccheck refuses that).
   cuda::LaunchAttribute cluster{};
   cluster.id = cuda::kLaunchClusterDimension;
   cluster.value.cluster = {plan.cluster.x, plan.cluster.y, plan.cluster.z};
-  bool has_cluster = plan.cluster.x * plan.cluster.y * plan.cluster.z > 1;
   cuda::LaunchConfig config{plan.grid.x,  plan.grid.y,  plan.grid.z,       plan.block.x,
                             plan.block.y, plan.block.z, plan.dynamic_smem, stream_,
-                            &cluster,     has_cluster};
+                            &cluster,     1};
   auto function = reinterpret_cast<cuda::Function>(driver_->kernel(plan, ordinal_));
   driver.check(driver.table.cuLaunchKernelEx(&config, function, args.data(), nullptr), [&] {
     return "cuLaunchKernelEx(" + plan.kernel + ", grid " + to_string(plan.grid) + ", block " +

@@ -290,7 +290,7 @@ int cuLaunchKernelEx(const cuda::LaunchConfig* config, void* function, void**, v
   launch.dynamic_smem = config->dynamic_smem;
   const uint32_t grid[] = {config->grid_x, config->grid_y, config->grid_z};
   const uint32_t block[] = {config->block_x, config->block_y, config->block_z};
-  uint32_t cluster[] = {1, 1, 1};
+  uint32_t cluster[] = {0, 0, 0};  // a launch says it, also of clusters of one (driver.cc)
   for (unsigned i = 0; i < config->num_attributes; ++i) {
     const cuda::LaunchAttribute& attribute = config->attributes[i];
     if (attribute.id != cuda::kLaunchClusterDimension) return refuse(kInvalidValue, "attribute");

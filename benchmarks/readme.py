@@ -50,6 +50,7 @@ def products(result):
         "forward": "forward, 128x128 weight blocks, bf16 out",
         "dgrad": "input gradient",
         "wgrad": "weight gradient, float32 out",
+        "wgrad, accumulated": "weight gradient, added to float32",
         "ragged": "ragged groups, forward",
         "ragged wgrad": "ragged groups, weight gradient",
         "masked": "masked groups (ours also writes the zeros past the masks)",

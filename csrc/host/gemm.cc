@@ -53,6 +53,17 @@ constexpr std::array<Config, 11> kOuterScaleConfigs = {{
     {256, 128, 1, 2, 1, 1050, 2300},
 }};
 
+// schedule.cuh divides by the sides of a cluster with shifts.
+template <size_t kCount>
+constexpr bool have_power_of_two_clusters(const std::array<Config, kCount>& configs) {
+  for (const Config& c : configs) {
+    if (c.cluster_m & (c.cluster_m - 1) || c.cluster_n & (c.cluster_n - 1)) return false;
+  }
+  return true;
+}
+static_assert(have_power_of_two_clusters(kBlockScaleConfigs) &&
+              have_power_of_two_clusters(kOuterScaleConfigs));
+
 // As kernels are named: rows, columns of a warpgroup and how many warpgroups side by side.
 std::string tile_name(const Config& c) {
   return "m" + std::to_string(c.block_m) + "n" + std::to_string(c.block_n / c.warpgroups_n) +

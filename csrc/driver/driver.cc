@@ -441,9 +441,9 @@ void Device::execute(const LaunchPlan& plan) const {
   cuda::LaunchAttribute cluster{};
   cluster.id = cuda::kLaunchClusterDimension;
   cluster.value.cluster = {plan.cluster.x, plan.cluster.y, plan.cluster.z};
-  cuda::LaunchConfig config{plan.grid.x,  plan.grid.y,  plan.grid.z,       plan.block.x,
-                            plan.block.y, plan.block.z, plan.dynamic_smem, stream_,
-                            &cluster,     1};
+  cuda::LaunchConfig config{
+      plan.grid.x,  plan.grid.y,       plan.grid.z, plan.block.x, plan.block.y,
+      plan.block.z, plan.dynamic_smem, stream_,     &cluster,     1};
   auto function = reinterpret_cast<cuda::Function>(driver_->kernel(plan, ordinal_));
   driver.check(driver.table.cuLaunchKernelEx(&config, function, args.data(), nullptr), [&] {
     return "cuLaunchKernelEx(" + plan.kernel + ", grid " + to_string(plan.grid) + ", block " +

@@ -33,7 +33,11 @@ step build 240 python3 -m pip install -q --no-build-isolation --no-deps --no-ind
 sanitizer() { # [mlp_]tool, seconds allowed, options...
   local name=$1 tool=${1#mlp_} limit=$2
   shift 2
-  step "$name" "$limit" compute-sanitizer --tool "$tool" --error-exitcode 9 "$@"
+  # XLA's compiler sometimes crashes under a tool (139, within seconds); what the tool finds is 9.
+  for _ in 1 2 3; do
+    step "$name" "$limit" compute-sanitizer --tool "$tool" --error-exitcode 9 "$@"
+    [[ $wanted == *" $name "* ]] && grep -q " 139 " "$out/$name.status" || break
+  done
 }
 # Names of the option that limits the tool to our kernels differ between versions.
 only=()

@@ -543,8 +543,8 @@ def _(ptx):
 
 
 def scale_reads(ptx: Ptx) -> int:
-    """The math warps' read of two row scales."""
-    return ptx.before(ptx.first(WGMMA), r"\bld\.shared\.v2\.f32\b")
+    """The math warps' first read of two row scales."""
+    return ptx.after(ptx.first(WGMMA), r"\bld\.shared\.v2\.f32\b")
 
 
 @planted("tiles", "neighbouring rows exchange their scales", WRONG_RESULT)
@@ -563,13 +563,9 @@ def _(ptx):
 
 @planted("tiles", "row scales come from the first stage", "Race")
 def _(ptx):
-    place = scale_reads(ptx)
-    address = ptx.definition(re.search(r"\[(%\w+)\]", ptx.lines[place])[1], place)
-    _, *terms = ptx.operands(address)
-    slots = [t for t in terms if "mul.lo" in ptx.lines[ptx.definition(t, place)]]
-    if len(slots) != 1:
-        raise NoMatch(f"line {address}: no term is a multiple of the slot")
-    ptx.replace(address, rf"{slots[0]}\b", "0")
+    place = ptx.before(scale_reads(ptx), r"\bmad\.lo\.s32\b")
+    _, slot, *_ = ptx.operands(place)
+    ptx.replace(place, rf", {slot}\b", ", 0")
 
 
 @planted("outer", "columns take the scales of their neighbours", WRONG_RESULT)
@@ -1194,11 +1190,18 @@ def _(ptx):
         ptx.replace(lower, r"\[%\w+\]", re.search(r"\[%\w+\]", ptx.lines[upper])[0])
 
 
-@planted("three segments", "the last 64 columns take the scale of those before", WRONG_RESULT)
+@planted("three segments", "the first and the last 64 columns exchange their scales", WRONG_RESULT)
 def _(ptx):
-    scales = ptx.all(r"\bld\.shared\.f32\b", least=3)
-    for first, last in zip(scales[::3], scales[2::3], strict=True):
-        ptx.replace(last, r"\[%\w+\]", re.search(r"\[%\w+\]", ptx.lines[first])[0])
+    reads = ptx.all(r"\bld\.shared\.v2\.f32\b", least=2)  # of rows and of columns by turns
+    for place in reads[1::2]:
+        ptx.replace(place, r"\{(%\w+), (%\w+)\}", r"{\2, \1}")
+
+
+@planted("three segments", "the middle 64 columns take the scale of the other block", WRONG_RESULT)
+def _(ptx):
+    reads = ptx.all(r"\bld\.shared\.v2\.f32\b", least=2)
+    for place in {ptx.after(read, r"\bsetp\.lt\.s32.*, 64;") for read in reads[1::2]}:
+        ptx.replace(place, r"setp\.lt", "setp.ge")
 
 
 @planted("side by side", "both warpgroups take the scales of the left columns", WRONG_RESULT)

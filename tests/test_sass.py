@@ -1,7 +1,6 @@
 """The machine code of every GEMM kernel keeps the bounds of benchmarks/gemm_sass.py."""
 
 import functools
-import re
 
 import pytest
 
@@ -25,13 +24,9 @@ def reports(image):
 
 @pytest.mark.parametrize("image", IMAGES)
 def test_every_gemm_kernel_keeps_its_rows(image):
-    """One test an image, so that one process alone disassembles it. A row that misses is really missed."""
+    """One test an image, so that one process alone disassembles it."""
     assert len(reports(image)) >= 14
     assert gemm_sass.failures(reports(image)) == []
-    for (kernel, row), (own, _) in gemm_sass.MISSED.items():
-        if kernels := [r for r in reports(image) if re.match(kernel, r.name)]:
-            assert sass_audit.check(kernels, [row]), f"{kernel} holds {row}: strike it from MISSED"
-            assert not sass_audit.check(kernels, [own])
 
 
 def test_every_row_is_of_a_kernel_that_exists():
@@ -40,8 +35,5 @@ def test_every_row_is_of_a_kernel_that_exists():
         for image in IMAGES
         for kernel in module(_ffi.image_directory() / f"{image}.ptx").entries
     ]
-    for kernel in [*gemm_sass.REQUIRED, *(kernel for kernel, _ in gemm_sass.MISSED)]:
-        assert any(re.match(kernel, name) for name in names), kernel
-    for kernel, row in gemm_sass.MISSED:
-        required = (rows for start, rows in gemm_sass.REQUIRED.items() if kernel.startswith(start))
-        assert row in (*gemm_sass.EVERY, *next(required, ()))
+    for kernel in gemm_sass.REQUIRED:
+        assert any(name.startswith(kernel) for name in names), kernel

@@ -185,10 +185,11 @@ __device__ void load_scales(const GemmArgs& args, uint32_t shared, Mailbox mailb
 // ---- Math warpgroups
 
 // The products of one 128-wide block of one 64-row wave: four wgmma, one commit group.
+// `lhs`, `rhs`: descriptors.
 template <class Tile>
 __device__ __forceinline__ void issue_products(float (&acc)[Tile::kSums], uint64_t lhs,
                                                uint64_t rhs) {
-  constexpr int kStep = 32 >> 4;  // 32 bytes of the contraction, as a descriptor counts
+  constexpr uint64_t kStep = ptx::matrix_units(32);  // of the contraction, for one wgmma
   ptx::pin_registers(acc);
   ptx::wgmma_fence();
 #pragma unroll
@@ -200,32 +201,48 @@ __device__ __forceinline__ void issue_products(float (&acc)[Tile::kSums], uint64
   ptx::pin_registers(acc);
 }
 
+// Where a math warp finds what it needs of a stage.
+struct Block {
+  uint64_t lhs, rhs;  // descriptors of the warpgroup's first rows
+  uint32_t scales;
+  uint32_t released;  // lane i: barrier `empty` in CTA i of the cluster
+};
+
+// Between its wait for products and its next ones a warpgroup keeps no tensor core busy. So what
+// can be done under products is: the scales are read after these are issued, and the next block's
+// addresses are known before they are done (with two sets only the latter's registers are missing).
+
 template <class Tile>
 struct Consumer {
   using Scales = typename Tile::Scales;
   using Columns = typename Scales::Columns;
+  using Factors = typename Scales::Factors;
   using Sums = float[Tile::kSums];
 
   const GemmArgs& args;
   typename Tile::Stages stages;
-  uint64_t lhs, rhs;  // descriptors of stage 0, this warpgroup's first wave
-  uint32_t scales;    // of stage 0
-  uint32_t released;  // lane i: barrier `empty` of stage 0 in CTA i of the cluster
-  int row, col;       // of the tile, this warp's first
+  uint32_t lhs, rhs, scales, released;  // Block's, of stage 0; lhs and rhs in a descriptor's units
+  int row, col;                         // of the tile, this warp's first
   int lane;
+  int tile_col = 0;  // of the output, the tile's first
 
-  __device__ __forceinline__ float2 row_scales(int wave) const {
-    return RowScales<Tile::kBlockM>::read(scales + stages.slot * Tile::kScaleBytes, row + wave * 64,
-                                          lane);
-  }
-  __device__ __forceinline__ Columns column_scales() const {
-    return Columns(scales + stages.slot * Tile::kScaleBytes, col, lane);
+  // Of the current stage.
+  __device__ __forceinline__ Block block() const {
+    const uint32_t slot = stages.slot;
+    return {ptx::matrix_descriptor(lhs + slot * ptx::matrix_units(Tile::kLhsBytes)),
+            ptx::matrix_descriptor(rhs + slot * ptx::matrix_units(Tile::kRhsBytes)),
+            scales + slot * Tile::kScaleBytes, released + slot * 8};
   }
 
-  // Issues the products of a wave of the current stage.
-  __device__ __forceinline__ void issue(Sums& acc, int wave) {
-    issue_products<Tile>(acc, lhs + ((stages.slot * Tile::kLhsBytes + wave * 64 * kBlockK) >> 4),
-                         rhs + (stages.slot * Tile::kRhsBytes >> 4));
+  __device__ __forceinline__ float2 row_scales(const Block& block, int wave) const {
+    return RowScales<Tile::kBlockM>::read(block.scales, row + wave * 64, lane);
+  }
+  __device__ __forceinline__ Columns column_scales(const Block& block) const {
+    return Columns(block.scales, col, tile_col, lane);
+  }
+
+  __device__ __forceinline__ void issue(Sums& acc, const Block& block, int wave) {
+    issue_products<Tile>(acc, block.lhs + wave * ptx::matrix_units(64 * kBlockK), block.rhs);
   }
 
   __device__ __forceinline__ void finish(Sums& acc) {
@@ -233,30 +250,35 @@ struct Consumer {
     ptx::pin_registers(acc);
   }
 
-  // This warp is done with stage `slot`, here and in the other CTAs of the cluster.
-  __device__ __forceinline__ void release(int slot) {
+  // This warp is done with the stage, here and in the other CTAs of the cluster.
+  __device__ __forceinline__ void release(const Block& block) {
     __syncwarp();
-    if (lane < args.cluster_m * args.cluster_n) ptx::mbarrier_arrive_cluster(released + 8 * slot);
+    if (lane < args.cluster_m * args.cluster_n) ptx::mbarrier_arrive_cluster(block.released);
   }
 
   // One set: waits for a wave's products, then promotes them.
   __device__ __forceinline__ void accumulate_in_one_set(Sums (&sum)[Tile::kWaves], int k_blocks) {
+    Block current = block();
 #pragma unroll Scales::kUnroll
     for (int b = 0; b < k_blocks; ++b) {
       stages.wait_full();
-      const Columns columns = column_scales();
+      Block next;
 #pragma unroll
       for (int wave = 0; wave < Tile::kWaves; ++wave) {
         const bool last = wave == Tile::kWaves - 1;
         Sums acc;
-        const float2 rows = row_scales(wave);
-        issue(acc, wave);
+        issue(acc, current, wave);
+        const Factors factors(row_scales(current, wave), column_scales(current));
+        if (last) {
+          stages.advance();
+          next = block();
+        }
         finish(acc);
-        if (last && !Scales::kPromotionReadsStage) release(stages.slot);
-        Scales::promote(sum[wave], acc, rows, columns);
-        if (last && Scales::kPromotionReadsStage) release(stages.slot);
+        if (last && !Scales::kPromotionReadsStage) release(current);
+        Scales::promote(sum[wave], acc, factors);
+        if (last && Scales::kPromotionReadsStage) release(current);
       }
-      stages.advance();
+      current = next;
     }
   }
 
@@ -265,29 +287,26 @@ struct Consumer {
   __device__ __forceinline__ void accumulate_in_two_sets(Sums& sum, int k_blocks) {
     Sums even, odd;
     stages.poll_full();
-    float2 rows = row_scales(0);
-    Columns columns = column_scales();
-    int slot = stages.slot;
-    issue(even, 0);
+    Block current = block();
+    issue(even, current, 0);
+    Factors factors(row_scales(current, 0), column_scales(current));
     finish(even);
-    if (!Scales::kPromotionReadsStage) release(slot);
+    if (!Scales::kPromotionReadsStage) release(current);
     stages.advance();
 
-    // Issues the next block into `next`, promotes `current` under it, and waits.
-    const auto turn = [&](Sums& next, Sums& current) __attribute__((always_inline)) {
+    // Issues the next block into `coming`, promotes `done` under it, and waits.
+    const auto turn = [&](Sums& coming, Sums& done) __attribute__((always_inline)) {
       stages.poll_full();
-      const int next_slot = stages.slot;
-      const float2 next_rows = row_scales(0);
-      const Columns next_columns = column_scales();
-      issue(next, 0);
+      const Block next = block();
+      issue(coming, next, 0);
+      const Factors next_factors(row_scales(next, 0), column_scales(next));
       stages.advance();
-      Scales::promote(sum, current, rows, columns);
-      if (Scales::kPromotionReadsStage) release(slot);
-      finish(next);
-      if (!Scales::kPromotionReadsStage) release(next_slot);
-      rows = next_rows;
-      columns = next_columns;
-      slot = next_slot;
+      Scales::promote(sum, done, factors);
+      if (Scales::kPromotionReadsStage) release(current);
+      finish(coming);
+      if (!Scales::kPromotionReadsStage) release(next);
+      factors = next_factors;
+      current = next;
     };
     int b = 1;
     for (; b + 1 < k_blocks; b += 2) {
@@ -296,11 +315,11 @@ struct Consumer {
     }
     if (b < k_blocks) {
       turn(odd, even);
-      Scales::promote(sum, odd, rows, columns);
+      Scales::promote(sum, odd, factors);
     } else {
-      Scales::promote(sum, even, rows, columns);
+      Scales::promote(sum, even, factors);
     }
-    if (Scales::kPromotionReadsStage) release(slot);
+    if (Scales::kPromotionReadsStage) release(current);
   }
 
   // Two sets, two waves: each wave has its set, and is promoted while the other's products run.
@@ -308,28 +327,33 @@ struct Consumer {
   __device__ __forceinline__ void accumulate_in_two_waves(Sums (&sum)[2], int k_blocks) {
     static_assert(!Scales::kPromotionReadsStage || Tile::kSets == 1 || Tile::kWaves == 1);
     Sums upper, lower;
+    Block current = block();
     stages.wait_full();
-    float2 upper_rows = row_scales(0);
-    issue(upper, 0);
-    Columns columns = column_scales();
+    issue(upper, current, 0);
+    float2 rows = row_scales(current, 0);
+    Columns columns = column_scales(current);
+    Factors upper_factors(rows, columns);
     finish(upper);
     for (int b = 1;; ++b) {
-      const int slot = stages.slot;
-      const float2 lower_rows = row_scales(1);
-      issue(lower, 1);
-      Scales::promote(sum[0], upper, upper_rows, columns);
-      finish(lower);
-      release(slot);
+      issue(lower, current, 1);
+      rows = row_scales(current, 1);
       stages.advance();
+      const Block next = block();
+      Scales::promote(sum[0], upper, upper_factors);
+      const Factors lower_factors(rows, columns);
+      finish(lower);
+      release(current);
       if (b == k_blocks) {
-        Scales::promote(sum[1], lower, lower_rows, columns);
+        Scales::promote(sum[1], lower, lower_factors);
         return;
       }
+      current = next;
       stages.wait_full();
-      upper_rows = row_scales(0);
-      issue(upper, 0);
-      Scales::promote(sum[1], lower, lower_rows, columns);
-      columns = column_scales();
+      issue(upper, current, 0);
+      rows = row_scales(current, 0);
+      Scales::promote(sum[1], lower, lower_factors);
+      columns = column_scales(current);
+      upper_factors = Factors(rows, columns);
       finish(upper);
     }
   }
@@ -354,8 +378,8 @@ __device__ void compute(const GemmArgs& args, uint32_t shared, Mailbox mailbox,
   Consumer<Tile> consumer = {
       args,
       stages,
-      ptx::matrix_descriptor(shared + first_row * kBlockK),
-      ptx::matrix_descriptor(shared + Tile::kRhs + first_col * kBlockK),
+      ptx::matrix_units(shared + first_row * kBlockK),
+      ptx::matrix_units(shared + Tile::kRhs + first_col * kBlockK),
       shared + Tile::kScale,
       ptx::mapa(stages.barriers + 8 * Tile::kStages, lane < cluster_size ? lane : 0),
       first_row + warp * 16,
@@ -369,6 +393,7 @@ __device__ void compute(const GemmArgs& args, uint32_t shared, Mailbox mailbox,
   for (;;) {
     const Work work = mailbox.receive(lane);
     if (work.k_blocks == Work::kEnd) break;
+    consumer.tile_col = work.col;
     float sum[Tile::kWaves][Tile::kSums] = {};
     if (work.k_blocks > 0) consumer.accumulate(sum, work.k_blocks);
     store<Tile>(args, work, sum[0], consumer.row, first_col, staging, lane);

@@ -5,6 +5,11 @@
 // Every lane needs the scales of a quarter of its warpgroup's columns for each block: as many bytes
 // through shared memory as half the operands' that a wgmma reads. Two waves that hold them share
 // one read.
+//
+// Issue slots of a warp for a wave of 64 x N and 128 of the contraction: N / 2 multiply-adds and as
+// many products of scales, four wgmma, 34 to 52 for waits, reads and addresses; 128x128 in two sets
+// takes 174, 14 of them without products in flight, 256x128 in one set 166 and 155:
+// benchmarks/gemm_sass.md.
 #pragma once
 #include "gemm.cuh"
 
@@ -63,7 +68,7 @@ struct OuterScales {
     float4 held[kHold ? Tile::kCols / 16 : 1];
 
     // `col`: of the tile, the warpgroup's first.
-    __device__ __forceinline__ Columns(uint32_t stage, int col, int lane)
+    __device__ __forceinline__ Columns(uint32_t stage, int col, int /*tile_col*/, int lane)
         : address(stage + kRhs + 4 * col + lane % 4 * 16) {
       if constexpr (kHold) {
 #pragma unroll
@@ -78,13 +83,22 @@ struct OuterScales {
     }
   };
 
-  // `rows`: the scales of the lane's two rows.
+  // What a lane multiplies its products by: a product for each of them, made where it is used.
+  struct Factors {
+    float2 rows;  // the scales of the lane's two rows
+    Columns columns;
+
+    __device__ __forceinline__ Factors(float2 rows, const Columns& columns)
+        : rows(rows), columns(columns) {}
+  };
+
   __device__ static __forceinline__ void promote(float (&sum)[Tile::kSums],
-                                                 const float (&acc)[Tile::kSums], float2 rows,
-                                                 const Columns& columns) {
+                                                 const float (&acc)[Tile::kSums],
+                                                 const Factors& factors) {
+    const float2 rows = factors.rows;
 #pragma unroll
     for (int i = 0; i < Tile::kSums / 8; ++i) {
-      const float4 c = columns.four(i);
+      const float4 c = factors.columns.four(i);
       float* s = sum + 8 * i;
       const float* a = acc + 8 * i;
       s[0] = fmaf(rows.x * c.x, a[0], s[0]);

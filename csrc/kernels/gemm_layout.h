@@ -55,9 +55,13 @@ struct TileLayout {
   constexpr int staging_bytes() const { return 4 * math_warpgroups() * staging_bytes_per_warp(); }
 
   // 1d2d: a warpgroup's columns start at a multiple of their number, so that the borders of the
-  // 128-wide scale blocks lie on multiples of the common divisor: each segment has one scale.
+  // 128-wide scale blocks lie on multiples of the common divisor: each segment has one scale. A
+  // stage holds a warpgroup's scales of its first and last segment, or the one of its only segment.
   constexpr int scale_segment() const { return common_divisor(warpgroup_cols(), 128); }
-  constexpr int rhs_scales() const { return outer_scales ? block_n : block_n / scale_segment(); }
+  constexpr int warpgroup_scales() const { return warpgroup_cols() == scale_segment() ? 1 : 2; }
+  constexpr int rhs_scales() const {
+    return outer_scales ? block_n : warpgroups_n * warpgroup_scales();
+  }
   constexpr int scale_bytes() const { return block_m * 4 + (rhs_scales() * 4 + 15) / 16 * 16; }
 
   static constexpr int barrier_bytes(int slots) { return 2 * slots * 8; }

@@ -11,12 +11,17 @@ namespace jaxfp8::ptx {
 struct E4M3 {};
 struct E5M2 {};
 
+// As a descriptor counts a shared address: in 16 bytes.
+__device__ __forceinline__ constexpr uint32_t matrix_units(uint32_t bytes) {
+  return (bytes & 0x3ffff) >> 4;
+}
+
 // Descriptor of a K-major operand: rows of 128 bytes, 128-byte swizzle, so that 8 rows are one
-// 1024-byte pattern (the stride offset). The low half holds the address / 16.
-__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address) {
+// 1024-byte pattern (the stride offset). The low half holds the address in units.
+__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t units) {
   constexpr uint64_t kSwizzle128B = uint64_t{1} << 62;
   constexpr uint64_t kStride = uint64_t{1024 >> 4} << 32;
-  return kSwizzle128B | kStride | ((address & 0x3ffff) >> 4);
+  return kSwizzle128B | kStride | units;
 }
 
 // wgmma.fence: before the first wgmma that touches registers written or read by other instructions.

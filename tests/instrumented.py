@@ -13,6 +13,7 @@ host code (gcovr); it fails below 90 %.
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -41,11 +42,15 @@ def build(kind: str) -> Path:
         f"-DJAXFP8_INSTRUMENT={kind}", f"-DJAXFP8_CUDA={'AUTO' if kind == 'coverage' else 'OFF'}",
         f"-DPython_EXECUTABLE={sys.executable}", "-DSKBUILD_SOABI=",
     ]  # fmt: skip
-    if shutil.which("ninja"):
+    # The interpreter's environment has a cmake that is new enough (the extra `coverage`).
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    run = functools.partial(
+        subprocess.run, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "PATH": path}
+    )
+    if shutil.which("ninja", path=path):
         configure += ["-G", "Ninja"]
-    subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
-    target = ["cmake", "--build", str(folder), "--target", "_C", "--parallel"]
-    subprocess.run(target, check=True, stdout=subprocess.DEVNULL)
+    run(configure)
+    run(["cmake", "--build", str(folder), "--target", "_C", "--parallel"])
     return folder
 
 
@@ -56,18 +61,28 @@ def _package(folder: Path, *, whole: bool) -> Path:
     package = site / "jaxfp8"
     package.mkdir(parents=True)
     if whole:
-        for path in (ROOT / "jaxfp8").iterdir():
+        from jaxfp8 import _ffi
+
+        kernels = _ffi.image_directory()  # an editable installation has them elsewhere
+        for path in {*(ROOT / "jaxfp8").iterdir(), *([kernels] if kernels.exists() else [])}:
             if not path.name.startswith(("_C.cpython", "_C.abi3", "__pycache__")):
                 (package / path.name).symlink_to(path)
     else:
         (package / "__init__.py").touch()
+    # An editable installation would come before PYTHONPATH.
+    (site / "sitecustomize.py").write_text(
+        "import sys\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if not type(f).__name__.startswith('ScikitBuild')]\n"
+    )
     (extension,) = folder.glob("_C*.so")
     (package / extension.name).symlink_to(extension)
     return site
 
 
 def _environment(kind: str, site: Path) -> dict[str, str]:
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(site), str(ROOT))), **_OPTIONS}
+    # Safe path: the folder of the checkout, which may hold another `_C`, comes last.
+    paths = {"PYTHONPATH": os.pathsep.join((str(site), str(ROOT))), "PYTHONSAFEPATH": "1"}
+    env = {**os.environ, **paths, **_OPTIONS}
     flags = {"address": "-fsanitize=address,undefined", "thread": "-fsanitize=thread"}.get(kind, "")
     env["RECORDING_CXXFLAGS"] = flags
     compiler = os.environ.get("CXX", "c++")
@@ -86,8 +101,7 @@ def _environment(kind: str, site: Path) -> dict[str, str]:
 def command(kind: str, arguments: list[str]) -> tuple[list[str], dict[str, str]]:
     """The command and environment of `python ARGUMENTS` on an instrumented build, which it makes."""
     site = _package(build(kind), whole=kind == "coverage")
-    # -P: the folder of the checkout, which holds another `_C`, comes last.
-    line = [sys.executable, "-P", *arguments]
+    line = [sys.executable, *arguments]
     if kind == "thread" and shutil.which("setarch"):
         line = ["setarch", "-R", *line]  # its shadow memory needs addresses where they always were
     return line, _environment(kind, site)

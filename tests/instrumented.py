@@ -64,7 +64,7 @@ def _package(folder: Path, *, whole: bool) -> Path:
         from jaxfp8 import _ffi
 
         kernels = _ffi.image_directory()  # an editable installation has them elsewhere
-        for path in {*(ROOT / "jaxfp8").iterdir(), *([kernels] if kernels.exists() else [])}:
+        for path in {*(ROOT / "jaxfp8").iterdir(), kernels}:
             if not path.name.startswith(("_C.cpython", "_C.abi3", "__pycache__")):
                 (package / path.name).symlink_to(path)
     else:

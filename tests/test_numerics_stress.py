@@ -236,4 +236,4 @@ def test_training_on_outliers_and_heavy_tails_follows_float32(steps):
     last = slice(-steps // 4, None)
     assert abs(got[last].mean() / want[last].mean() - 1) < 0.02
     # The target's noise has no variance: the mean of 125 losses is that of its worst batch.
-    assert np.median(want[last]) < 0.7 * want[0]
+    assert np.median(want[last]) < 0.9 * np.median(want[: steps // 8])

@@ -208,10 +208,9 @@ struct Block {
   uint32_t released;  // lane i: barrier `empty` in CTA i of the cluster
 };
 
-// Between its wait for products and its next ones a warpgroup keeps no tensor core busy. So what
-// can be done under products is: the scales are read after these are issued, and the next block's
-// addresses are known before they are done (with two sets only the latter's registers are missing).
-
+// The math of a warp. Between the end of its products and its next ones a warpgroup keeps no tensor
+// core busy, so that scales are read after products are issued, and the next block's addresses are
+// computed before their end; not with two sets and one wave, where 1d1d would spill.
 template <class Tile>
 struct Consumer {
   using Scales = typename Tile::Scales;

@@ -30,7 +30,7 @@ struct BlockScales {
   // Warp 2: the scales of one block of the contraction after another.
   struct Source {
     RowScales<Tile::kBlockM> lhs;
-    const float* rhs;  // of this lane's
+    const float* rhs;  // this lane's
     bool has_rhs, rhs_inside;
 
     __device__ Source(const GemmArgs& args, const Work& work, int lane)

@@ -7,6 +7,7 @@ tensors to float32.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.util
 import pathlib
@@ -62,6 +63,14 @@ def packaged_file(package: str, pattern: str, install: str) -> pathlib.Path:
     if len(found) != 1:
         raise InputError(f"{package} holds {len(found)} files {pattern}; one is needed; {install}")
     return found[0]
+
+
+def existing_path(text: str) -> pathlib.Path:
+    """An argument that must be there already; argparse prints the refusal."""
+    path = pathlib.Path(text)
+    if not path.exists():
+        raise argparse.ArgumentTypeError(f"there is nothing at {path}")
+    return path
 
 
 def read(path: pathlib.Path) -> tuple[Config, Params, Tokenizer]:

@@ -26,7 +26,7 @@ import _lm_data as data
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _smollm2_model import InputError, packaged_file
+from _smollm2_model import InputError, existing_path, packaged_file
 from jax import Array
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -241,7 +241,7 @@ def run(settings: argparse.Namespace) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--model", type=pathlib.Path, help="a folder (default: the package's)")
+    add("--model", type=existing_path, help="a folder (default: the package's)")
     add("--sentences", type=int, default=512, help="how many (default: 512)")
     add("--batch", type=int, default=64, help="sentences at a time (default: 64)")
     add("--out", type=pathlib.Path, default=pathlib.Path("out/embeddings"), metavar="DIR")

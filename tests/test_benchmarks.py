@@ -17,6 +17,8 @@ import multi_gpu  # noqa: E402
 import readme  # noqa: E402
 import speed  # noqa: E402
 
+from tests import gpu_report  # noqa: E402
+
 
 def test_the_readme_says_what_the_results_say():
     text = (ROOT / "README.md").read_text()
@@ -115,3 +117,18 @@ def test_several_gpus_are_compared_with_one_and_what_does_not_fit_is_left_out(mo
         and "LEFT OUT" in text
         and "FAILED exit status 1: out of memory" in text
     )
+
+
+@pytest.mark.parametrize(
+    ("code", "log", "expected"),
+    [
+        (0, "========= ERROR SUMMARY: 0 errors\n4 products, 0 wrong\n", 0),
+        (9, "========= ERROR SUMMARY: 2 errors\n4 products, 0 wrong\n", 9),
+        (0, "========= Target application terminated before first instrumented API call\n", 125),
+        (0, "========= ERROR SUMMARY: 0 errors\n", 125),  # the program did not come to its end
+    ],
+)
+def test_a_sanitizer_that_sums_nothing_up_has_not_passed(tmp_path, code, log, expected):
+    path = tmp_path / "memcheck.log"
+    path.write_text(log)
+    assert gpu_report.result_of("memcheck", code, path)[0] == expected

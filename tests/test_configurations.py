@@ -198,6 +198,33 @@ def test_a_small_product_equals_float64(kind, config):
     check(kind, SMALL, config, SCHEDULES[:1])
 
 
+@pytest.mark.parametrize("config", configs("gemm_1d2d"))
+def test_fewer_rows_than_a_tile_equal_float64(config):
+    """No row past the lhs is copied: a stage's other rows are zeros from the start."""
+    rng = np.random.default_rng(5)
+    rhs = quantized(rng, (24, 400), E4M3, (128, 128))
+    function = jax.jit(functools.partial(jaxfp8.gemm, out_dtype=F32, config=config, num_sms=SMS))
+    for rows in (1, 8, 17, 50):
+        lhs = quantized(rng, (rows, 400), E4M3)
+        with emulated_platform(num_sms=SMS):
+            got = np.asarray(function(lhs, rhs))
+        oracle.assert_close(got, oracle.gemm(lhs, rhs), custom_calls.TOLERANCE[F32])
+        operands = [
+            ("f8e4m3fn", (1, rows, 400)),
+            ("f32", (1, rows, 4)),
+            ("f8e4m3fn", (1, 24, 400)),
+            ("f32", (1, 1, 4)),
+        ]
+        plan = _C.plan(
+            "jaxfp8_gemm_1d2d_v1",
+            operands,
+            [("f32", (1, rows, 24))],
+            config=configs("gemm_1d2d").index(config),
+            device_sms=SMS,
+        )
+        assert plan.args[0]["box"][1] <= rows
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("kind", "config"), ALL)

@@ -212,6 +212,14 @@ RUNS = {
     "two sets": lambda: product(
         "gemm_1d2d", m=72, n=40, k=128 * 7 + 16, config="m128n128 cluster 1x1"
     ),
+    # More blocks than stages, rows for one warpgroup of two.
+    "idle warpgroup": lambda: product(
+        "gemm_1d2d", m=64, n=40, k=128 * 9, config="m128n128 cluster 1x1"
+    ),
+    # One CTA copies all rows of the lhs.
+    "two rows in a cluster": lambda: product(
+        "gemm_1d2d", m=2, n=136, k=144, config="m64n64 cluster 1x2"
+    ),
     "two waves": lambda: product(
         "gemm_1d2d", m=72, n=104, k=128 * 5 + 16, config="m128n96x2 cluster 1x1"
     ),

@@ -23,10 +23,14 @@ struct Config {
   int block_ns, tile_ns;
 };
 
-constexpr std::array<Config, 13> kBlockScaleConfigs = {{
+constexpr std::array<Config, 17> kBlockScaleConfigs = {{
     {64, 32, 1, 1, 1, 190, 700},
     {64, 64, 1, 1, 1, 250, 700},
+    {64, 64, 1, 1, 2, 240, 700},
+    {64, 64, 1, 2, 1, 235, 700},
     {64, 128, 1, 1, 1, 320, 800},
+    {64, 128, 1, 1, 2, 305, 800},
+    {64, 128, 1, 2, 1, 300, 800},
     {128, 128, 1, 1, 1, 450, 850},
     {128, 128, 1, 2, 1, 389, 820},
     {128, 128, 1, 1, 2, 389, 830},
@@ -171,7 +175,7 @@ int64_t max_tiles(const GemmProblem& p, const Config& c) {
 double estimated_ns(const GemmProblem& p, const Config& c, int sms) {
   const int cluster = c.cluster_m * c.cluster_n;
   // So few rows move weights and little else, which small tiles spread over more SMs.
-  const bool too_tall = p.m <= 64 && c.block_m > 64;
+  const bool too_tall = p.m <= 64 && c.block_m * c.cluster_m > 64;
   if (cluster > sms || too_tall) return std::numeric_limits<double>::infinity();
   const int64_t block_m = c.block_m * c.cluster_m, block_n = c.block_n * c.cluster_n;
   const int64_t columns = ceil_div(p.n, block_n);
@@ -268,7 +272,9 @@ LaunchPlan plan_gemm(const GemmProblem& p, int config, int num_sms, int device_s
   };
   const bool mapped = aligned(16), vector = aligned(8);
 
-  const TensorMap lhs_map = operand_map(p.lhs_data, lhs_rows(p), p.k, c.block_m / c.cluster_n);
+  const int64_t copied_rows = has_outer_scales(p.kind) ? c.block_m : lhs_rows(p);
+  const LhsCopies lhs_copies(c.block_m, c.cluster_n, copied_rows);
+  const TensorMap lhs_map = operand_map(p.lhs_data, lhs_rows(p), p.k, lhs_copies.box);
   const TensorMap rhs_map = operand_map(p.rhs_data, rhs_rows(p), p.k, c.block_n / c.cluster_m);
   const TensorMap out_map =
       mapped ? TensorMap{p.out == DType::kFloat32 ? TensorMap::Type::kFloat32

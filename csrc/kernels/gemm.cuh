@@ -90,12 +90,15 @@ __device__ void load_operands(const GemmArgs& args, uint32_t shared, Mailbox mai
   const int rank_m = rank / args.cluster_n, rank_n = rank % args.cluster_n;
   // The CTAs of this one's row of the cluster share the lhs block, those of its column the rhs
   // block; each loads a part.
-  const int lhs_part = Tile::kBlockM / args.cluster_n, rhs_part = Tile::kBlockN / args.cluster_m;
+  const LhsCopies lhs_copies(Tile::kBlockM, args.cluster_n,
+                             Tile::kOuterScales ? Tile::kBlockM : args.lhs_rows);
+  const int lhs_part = lhs_copies.part, rhs_part = Tile::kBlockN / args.cluster_m;
   const uint16_t row_mask = ((1 << args.cluster_n) - 1) << (rank_m * args.cluster_n);
   uint16_t column_mask = 0;
   for (int i = 0; i < args.cluster_m; ++i) column_mask |= 1 << (i * args.cluster_n + rank_n);
   const uint32_t lhs = shared + rank_n * lhs_part * kBlockK;
   const uint32_t rhs = shared + Tile::kRhs + rank_m * rhs_part * kBlockK;
+  const int stage_bytes = lhs_copies.count * lhs_copies.box * kBlockK + Tile::kRhsBytes;
 
   ptx::cluster_wait();
   for (;;) {
@@ -104,7 +107,7 @@ __device__ void load_operands(const GemmArgs& args, uint32_t shared, Mailbox mai
     if (lane == 0) {
       for (int b = 0; b < work.k_blocks; ++b, stages.advance()) {
         stages.wait_empty();
-        ptx::mbarrier_arrive_expect_tx(stages.full(), Tile::kLhsBytes + Tile::kRhsBytes);
+        ptx::mbarrier_arrive_expect_tx(stages.full(), stage_bytes);
         const int x = (work.k_block + b) * kBlockK;
         const uint32_t lhs_stage = lhs + stages.slot * Tile::kLhsBytes;
         const uint32_t rhs_stage = rhs + stages.slot * Tile::kRhsBytes;
@@ -112,7 +115,7 @@ __device__ void load_operands(const GemmArgs& args, uint32_t shared, Mailbox mai
         const int rhs_row = work.rhs_row + rank_m * rhs_part;
         if (args.cluster_n == 1) {
           ptx::tma_load_2d(lhs_stage, args.lhs_map, x, lhs_row, stages.full());
-        } else {
+        } else if (rank_n < lhs_copies.count) {
           ptx::tma_load_2d_multicast(lhs_stage, args.lhs_map, x, lhs_row, stages.full(), row_mask);
         }
         if (args.cluster_m == 1) {
@@ -209,8 +212,9 @@ struct Block {
 };
 
 // The math of a warp. Between the end of its products and its next ones a warpgroup keeps no tensor
-// core busy, so that scales are read after products are issued, and the next block's addresses are
-// computed before their end; not with two sets and one wave, where 1d1d would spill.
+// core busy, so that scales are read after products are issued (but where kReadFirst says that the
+// second wgmma would come too late), and the next block's addresses are computed before their end;
+// not with two sets and one wave, where 1d1d would spill.
 template <class Tile>
 struct Consumer {
   using Scales = typename Tile::Scales;
@@ -266,8 +270,16 @@ struct Consumer {
       for (int wave = 0; wave < Tile::kWaves; ++wave) {
         const bool last = wave == Tile::kWaves - 1;
         Sums acc;
+        float2 rows;
+        Columns columns;
+        const auto read_scales = [&] {
+          rows = row_scales(current, wave);
+          columns = column_scales(current);
+        };
+        if (Scales::kReadFirst) read_scales();
         issue(acc, current, wave);
-        const Factors factors(row_scales(current, wave), column_scales(current));
+        if (!Scales::kReadFirst) read_scales();
+        const Factors factors(rows, columns);
         if (last) {
           stages.advance();
           next = block();
@@ -357,6 +369,15 @@ struct Consumer {
     }
   }
 
+  // Where nothing of the tile is this warpgroup's: its stages go by.
+  __device__ __forceinline__ void skip(int k_blocks) {
+#pragma unroll 1
+    for (int b = 0; b < k_blocks; ++b, stages.advance()) {
+      stages.wait_full();
+      release(block());
+    }
+  }
+
   __device__ __forceinline__ void accumulate(Sums (&sum)[Tile::kWaves], int k_blocks) {
     if constexpr (Tile::kSets == 1) {
       accumulate_in_one_set(sum, k_blocks);
@@ -367,6 +388,25 @@ struct Consumer {
     }
   }
 };
+
+// Zeros in the rows of the stages' lhs blocks that no copy writes, since the operand has fewer: the
+// tensor cores read them all the same. By all math warps, before the first products.
+template <class Tile>
+__device__ void clear_rows_past_lhs(const GemmArgs& args, uint32_t shared) {
+  if (args.lhs_rows >= Tile::kBlockM) return;
+  const LhsCopies copies(Tile::kBlockM, args.cluster_n, args.lhs_rows);
+  constexpr int kMathThreads = 32 * Tile::kMathWarps, kChunks = kBlockK / 16;
+  const int chunk = threadIdx.x % kChunks;
+#pragma unroll 1
+  for (int row = threadIdx.x % kMathThreads / kChunks; row < Tile::kStages * Tile::kBlockM;
+       row += kMathThreads / kChunks) {
+    if (row % Tile::kBlockM >= copies.count * copies.box) {
+      ptx::store_shared_i4(shared + row * kBlockK + chunk * 16, {0, 0, 0, 0});
+    }
+  }
+  ptx::fence_proxy_async();
+  ptx::barrier_sync(1, kMathThreads);
+}
 
 template <class Tile>
 __device__ void compute(const GemmArgs& args, uint32_t shared, Mailbox mailbox,
@@ -388,10 +428,19 @@ __device__ void compute(const GemmArgs& args, uint32_t shared, Mailbox mailbox,
       shared + Tile::kLayout.staging_offset() +
           (warpgroup * 4 + warp) * Tile::kLayout.staging_bytes_per_warp(),
       lane};
+  if constexpr (!Tile::kOuterScales) clear_rows_past_lhs<Tile>(args, shared);
   ptx::cluster_wait();
   for (;;) {
     const Work work = mailbox.receive(lane);
     if (work.k_blocks == Work::kEnd) break;
+    // The last rows of a group, and the last columns, may be the other warpgroup's alone. The test
+    // alone costs 1d1d 1.6 % (benchmarks/NOTES.md), which has such tiles at an edge of the output.
+    if constexpr (Tile::kMathWarpgroups == 2 && !Tile::kOuterScales) {
+      if (work.rows <= first_row || args.n <= work.col + first_col) {
+        consumer.skip(work.k_blocks);
+        continue;
+      }
+    }
     consumer.tile_col = work.col;
     float sum[Tile::kWaves][Tile::kSums] = {};
     if (work.k_blocks > 0) consumer.accumulate(sum, work.k_blocks);

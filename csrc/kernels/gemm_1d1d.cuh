@@ -27,6 +27,7 @@ struct OuterScales {
   static constexpr int kRhs = Tile::kBlockM * 4;
   static constexpr bool kHold = Tile::kWaves == 2 && Tile::kCols <= 96;  // else too many registers
   static constexpr bool kPromotionReadsStage = !kHold;
+  static constexpr bool kReadFirst = false;
   static constexpr int kUnroll = 1;  // four would spill
 
   // Of each 16 columns a wgmma lane has 2 q, 2 q + 1, 8 + 2 q and 9 + 2 q (q = lane % 4): column c
@@ -66,6 +67,8 @@ struct OuterScales {
   struct Columns {
     uint32_t address;
     float4 held[kHold ? Tile::kCols / 16 : 1];
+
+    Columns() = default;
 
     // `col`: of the tile, the warpgroup's first.
     __device__ __forceinline__ Columns(uint32_t stage, int col, int /*tile_col*/, int lane)

@@ -6,7 +6,7 @@
 // products of scales for each of the one or two blocks of 128 columns, four wgmma, 20 to 37 for
 // waits, reads and addresses. The scheduler has 2 N cycles for them while the tensor cores work for
 // one warpgroup, 4 N with two. One set leaves the multiply-adds and about ten more without products
-// of the warpgroup in flight (73 of 92 slots in 256x128, 114 of 137 in 128x192), two sets 16 to 23:
+// of the warpgroup in flight (78 of 91 slots in 256x128, 114 of 137 in 128x192), two sets 15 to 22:
 // benchmarks/gemm_sass.md.
 #pragma once
 #include "gemm.cuh"
@@ -24,6 +24,7 @@ struct BlockScales {
   // A stage: lhs scales in RowScales' order | each warpgroup's rhs scales.
   static constexpr int kRhs = Tile::kBlockM * 4;
   static constexpr bool kPromotionReadsStage = false;
+  static constexpr bool kReadFirst = Tile::kWaves == 2;  // benchmarks/NOTES.md: 0.8 %
   // Of the contraction's blocks, with one accumulator set; the smallest tile gains nothing.
   static constexpr int kUnroll = Tile::kCols == 32 ? 1 : 4;
 
@@ -55,6 +56,8 @@ struct BlockScales {
   struct Columns {
     float first, last;
     bool middle_is_first;
+
+    Columns() = default;
 
     // `col`: of the tile, the warpgroup's first; `tile_col`: of the output, the tile's.
     __device__ __forceinline__ Columns(uint32_t stage, int col, int tile_col, int lane) {

@@ -8,7 +8,7 @@
 namespace jaxfp8 {
 
 struct GemmArgs {
-  const ptx::TensorMap* lhs_map;  // (lhs rows, K), box (kBlockM / cluster_n, 128)
+  const ptx::TensorMap* lhs_map;  // (lhs rows, K), box (LhsCopies, 128)
   const ptx::TensorMap* rhs_map;  // (rhs rows, K), box (kBlockN / cluster_m, 128)
   const ptx::TensorMap* out_map;  // (out rows, N), box (16, a strip's columns)
   const float* lhs_scale;         // (K blocks, lhs rows)

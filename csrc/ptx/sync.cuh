@@ -32,6 +32,12 @@ __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait;" ::: "memory");
 }
 
+// bar.sync: until `threads` of the CTA (whole warps) have arrived at barrier `id`; 0 is
+// __syncthreads's. Orders their shared-memory accesses.
+__device__ __forceinline__ void barrier_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // mapa: the address in CTA `rank` of the cluster that corresponds to this CTA's `address`.
 __device__ __forceinline__ uint32_t mapa(uint32_t address, uint32_t rank) {
   uint32_t mapped;

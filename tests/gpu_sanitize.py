@@ -27,10 +27,11 @@ TOKENS = 512 + 128 * len(GROUPS)
 
 
 def problems(few):
-    """Two K blocks and a tail; more tiles than one in M and N, with tails."""
+    """Two K blocks and a tail; more tiles than one in M and N, with tails. One with few rows."""
     p = gemm.Problem
     cases = [
         p("1d2d", 300, 264, 272),
+        p("1d2d", 20, 136, 144),
         p("1d1d", 300, 264, 272, out="float32"),
         p("grouped", 462, 264, 272, len(GROUPS), GROUPS),
         p("grouped_wgrad", 264, 272, TOKENS, len(GROUPS), GROUPS, out="float32", accum=True),

@@ -1,5 +1,6 @@
 // The Python module jaxfp8._C: handlers to register, plans to print, and the seam for tests.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>

@@ -88,8 +88,8 @@ std::string to_string(const Dim3& d) {
   return std::to_string(d.x) + "x" + std::to_string(d.y) + "x" + std::to_string(d.z);
 }
 
-template <class T>
-std::string to_string(const std::vector<T>& values) {
+template <class T, size_t kCount>
+std::string to_string(const std::array<T, kCount>& values) {
   std::string text = "(";
   for (size_t i = 0; i < values.size(); ++i) {
     text += (i == 0 ? "" : ", ") + std::to_string(values[i]);
@@ -380,7 +380,7 @@ namespace {
 
 template <class Label>
 void encode(const Driver& driver, const TensorMap& map, cuda::TensorMap* out, Label label) {
-  static constexpr uint32_t kUnitStrides[5] = {1, 1, 1, 1, 1};
+  static constexpr uint32_t kUnitStrides[] = {1, 1};
   int type = map.type == TensorMap::Type::kUint8      ? cuda::kTensorMapUint8
              : map.type == TensorMap::Type::kBfloat16 ? cuda::kTensorMapBfloat16
                                                       : cuda::kTensorMapFloat32;
@@ -388,14 +388,9 @@ void encode(const Driver& driver, const TensorMap& map, cuda::TensorMap* out, La
                 : map.swizzle == TensorMap::Swizzle::k32B ? cuda::kSwizzle32B
                 : map.swizzle == TensorMap::Swizzle::k64B ? cuda::kSwizzle64B
                                                           : cuda::kSwizzle128B;
-  size_t rank = map.dims.size();
-  if (rank < 1 || rank > 5 || map.strides.size() != rank - 1 || map.box.size() != rank) {
-    throw DriverError(label() + ": a tensor map of dims " + to_string(map.dims) + ", strides " +
-                      to_string(map.strides) + ", box " + to_string(map.box));
-  }
   driver.check(driver.table.cuTensorMapEncodeTiled(
-                   out, type, static_cast<unsigned>(rank), map.base, map.dims.data(),
-                   map.strides.data(), map.box.data(), kUnitStrides, cuda::kInterleaveNone, swizzle,
+                   out, type, map.dims.size(), map.base, map.dims.data(), map.strides.data(),
+                   map.box.data(), kUnitStrides, cuda::kInterleaveNone, swizzle,
                    cuda::kL2Promotion256B, cuda::kOutOfBoundsZeros),
                [&] {
                  std::ostringstream base;

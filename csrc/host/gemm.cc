@@ -294,11 +294,13 @@ LaunchPlan plan_gemm(const GemmProblem& p, int config, int num_sms, int device_s
   const int64_t rhs_group_rows = wgrad ? 0 : p.n;
 
   LaunchPlan plan;
-  plan.image =
-      std::string("gemm_") + (has_outer_scales(p.kind) ? "1d1d" : "1d2d") + "_" + name(p.out);
-  plan.kernel = std::string("gemm_") + (has_outer_scales(p.kind) ? "1d1d" : "1d2d") + "_" +
-                tile_name(c) + "_" + short_name(p.lhs) + "_" + short_name(p.rhs) + "_" +
-                name(p.out);
+  const char* family = has_outer_scales(p.kind) ? "gemm_1d1d_" : "gemm_1d2d_";
+  plan.image = std::string(family) + name(p.out);
+  plan.kernel.reserve(48);
+  plan.kernel.append(family).append(tile_name(c));
+  for (const char* type : {short_name(p.lhs), short_name(p.rhs), name(p.out)}) {
+    plan.kernel.append("_").append(type);
+  }
   plan.grid.x = clusters * cluster;
   plan.block.x = layout.threads();
   plan.cluster.x = cluster;

@@ -10,16 +10,16 @@
 
 namespace jaxfp8 {
 
-// Operand of cuTensorMapEncodeTiled. Dimensions innermost first, in elements; strides in bytes, for
-// dimensions 1 and up.
+// Operand of cuTensorMapEncodeTiled: a matrix. Dimensions innermost first, in elements; strides in
+// bytes, for dimensions 1 and up.
 struct TensorMap {
   enum class Type { kUint8, kBfloat16, kFloat32 };
   enum class Swizzle { kNone, k32B, k64B, k128B };
   Type type;
   void* base;
-  std::vector<uint64_t> dims;
-  std::vector<uint64_t> strides;
-  std::vector<uint32_t> box;
+  std::array<uint64_t, 2> dims;
+  std::array<uint64_t, 1> strides;
+  std::array<uint32_t, 2> box;
   Swizzle swizzle;
 };
 

@@ -310,6 +310,22 @@ def test_cases_have_tails_of_every_configurations_tile():
             assert {(BF16, accumulate), (F32, accumulate)} <= outputs
 
 
+def test_configurations_keep_their_indices():
+    """Exported programs hold them; new ones are appended here and in csrc/host/gemm.cc."""
+    block = (
+        "m64n32 1x1", "m64n64 1x1", "m64n128 1x1", "m128n128 1x1", "m128n128 2x1", "m128n128 1x2",
+        "m128n192 1x1", "m128n192 2x1", "m128n96x2 1x1", "m128n96x2 2x1", "m256n128 1x1",
+        "m256n128 1x2", "m256n128 2x1", "m64n64 1x2", "m64n64 2x1", "m64n128 1x2", "m64n128 2x1",
+    )  # fmt: skip
+    outer = (
+        "m64n64 1x1", "m128n128 1x1", "m128n128 2x1", "m128n128 1x2", "m128n192 1x1",
+        "m128n192 2x1", "m128n96x2 1x1", "m128n96x2 2x1", "m256n128 1x1", "m256n128 1x2",
+        "m256n128 2x1",
+    )  # fmt: skip
+    assert configs("gemm_1d2d") == [name.replace(" ", " cluster ") for name in block]
+    assert configs("gemm_1d1d") == [name.replace(" ", " cluster ") for name in outer]
+
+
 def test_products_of_a_family_have_the_same_configurations():
     for family in (BLOCK, OUTER):
         assert len({tuple(configs(kind)) for kind in family}) == 1

@@ -357,9 +357,10 @@ class Problem:
 E5M2 = "float8_e5m2"
 
 
-def check_groups() -> dict[str, list[tuple[Problem, int]]]:
-    """Named groups of (problem, configuration)."""
-    wide, narrow = range(17), range(11)
+def check_groups(folder: Path) -> dict[str, list[tuple[Problem, int]]]:
+    """Named groups of (problem, configuration), of those that the folder's planner has."""
+    planner = ctypes.CDLL(str(folder / "libplan.so"))
+    wide, narrow = (range(planner.num_configs(KINDS[kind])) for kind in ("1d2d", "1d1d"))
     p = Problem
     odd = [
         (1, 16, 16),
@@ -453,7 +454,7 @@ def check_case(driver: Driver, problem: Problem, config: int) -> tuple[bool, flo
 
 
 def check(folder: Path, only: str | None, limit: float) -> int:
-    groups = check_groups()
+    groups = check_groups(folder)
     if only is not None:
         driver = Driver(folder)
         bad = 0

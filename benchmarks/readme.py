@@ -68,8 +68,8 @@ def products(result):
             ratios = [t[peer] / t["ours"] for t in times if peer in t]
             cells.append(f"{geomean(ratios):.2f}x ({len(ratios)})" if ratios else "")
             # DeepGEMM's weight gradient adds to its output, so that storing is zeroing and adding.
-            zeroed = [t["deepgemm zeroed"] / t["ours"] for t in times if "deepgemm zeroed" in t]
-            if peer == "deepgemm" and zeroed:
+            zeroed = [t[f"{peer} zeroed"] / t["ours"] for t in times if f"{peer} zeroed" in t]
+            if zeroed:
                 cells[-1] += f"; {geomean(zeroed):.2f}x with its zeroing"
         rows.append(cells)
     header = ["products", "shapes", "TFLOP/s, geometric mean", "best"]

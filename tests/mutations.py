@@ -287,7 +287,7 @@ def _(ptx):
     ptx.drop(ptx.one(rf"xor\.b32\s+{lap}, {lap},"))
 
 
-@planted("tiles", "math warps do not wait for the mailbox", "Race")
+@planted("tiles of two rows", "math warps do not wait for the mailbox", "UninitializedRead")
 def _(ptx):
     ptx.pass_at_once(ptx.before(ptx.waits("full", 1)[0], r"\bmbarrier\.try_wait\b"))
 
@@ -341,7 +341,7 @@ def _(ptx):
     ptx.insert(place, f"add.u32 {count}, {count}, 1;")
 
 
-@planted("tiles", "a mailbox slot counts one reading warp less", "Deadlock")
+@planted("tiles of two rows", "a mailbox slot counts one reading warp less", "Race")
 def _(ptx):
     count = ptx.definition(ptx.operands(ptx.inits()["mail empty"][0])[-1])
     ptx.set(count, int(ptx.operands(count)[-1]) - 1)

@@ -17,7 +17,7 @@ import pytest
 
 import jaxfp8
 from jaxfp8 import _C, _ffi
-from tests import custom_calls, emulator, oracle
+from tests import custom_calls, emulator, kernel_launch, oracle
 from tests import oracle_quantize as oq
 from tests.emulated_platform import emulated_platform
 from tests.emulator.driver import EmulatedDriver
@@ -209,16 +209,11 @@ def test_fewer_rows_than_a_tile_equal_float64(config):
         with emulated_platform(num_sms=SMS):
             got = np.asarray(function(lhs, rhs))
         oracle.assert_close(got, oracle.gemm(lhs, rhs), custom_calls.TOLERANCE[F32])
-        operands = [
-            ("f8e4m3fn", (1, rows, 400)),
-            ("f32", (1, rows, 4)),
-            ("f8e4m3fn", (1, 24, 400)),
-            ("f32", (1, 1, 4)),
-        ]
-        plan = _C.plan(
-            "jaxfp8_gemm_1d2d_v1",
-            operands,
-            [("f32", (1, rows, 24))],
+        arrays = (lhs.data, lhs.scale, rhs.data, rhs.scale)
+        plan = kernel_launch.plan(
+            "gemm_1d2d",
+            {str(i): array[None] for i, array in enumerate(arrays)},
+            {"out": (F32, (1, rows, 24))},
             config=configs("gemm_1d2d").index(config),
             device_sms=SMS,
         )

@@ -202,6 +202,10 @@ def ties():
 RUNS = {
     # Six tiles of three k-blocks: more k-blocks than stages, more tiles than mailbox slots, tails.
     "tiles": lambda: product("gemm_1d2d", m=40, n=184, k=304, config="m64n32 cluster 1x1", sms=1),
+    # The same, and no rows to clear before the first tile.
+    "tiles of two rows": lambda: product(
+        "gemm_1d2d", m=72, n=88, k=304, config="m64n32 cluster 1x1", sms=1
+    ),
     "two CTAs": lambda: product("gemm_1d2d", m=40, n=184, k=16, config="m64n32 cluster 1x1"),
     # Rows of the output that the copy engine does not accept: plain stores, element by element.
     "odd columns": lambda: product("gemm_1d2d", m=40, n=45, k=16, config="m64n32 cluster 1x1"),

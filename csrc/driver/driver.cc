@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "build_info.h"
+#include "host/plan_print.h"
 
 namespace jaxfp8::driver {
 namespace {
@@ -82,19 +83,6 @@ const char* advice(cuda::Result result) {
     default:
       return "";
   }
-}
-
-std::string to_string(const Dim3& d) {
-  return std::to_string(d.x) + "x" + std::to_string(d.y) + "x" + std::to_string(d.z);
-}
-
-template <class T, size_t kCount>
-std::string to_string(const std::array<T, kCount>& values) {
-  std::string text = "(";
-  for (size_t i = 0; i < values.size(); ++i) {
-    text += (i == 0 ? "" : ", ") + std::to_string(values[i]);
-  }
-  return text + ")";
 }
 
 // Whether `code` is a whole 64-bit ELF file. The driver is given no size: of a truncated one it

@@ -273,8 +273,7 @@ LaunchPlan plan_gemm(const GemmProblem& p, int config, int num_sms, int device_s
   };
   const bool mapped = aligned(16), vector = aligned(8);
 
-  const int64_t copied_rows = has_outer_scales(p.kind) ? c.block_m : lhs_rows(p);
-  const LhsCopies lhs_copies(c.block_m, c.cluster_n, copied_rows);
+  const LhsCopies lhs_copies(c.block_m, layout.outer_scales, c.cluster_n, lhs_rows(p));
   const TensorMap lhs_map = operand_map(p.lhs_data, lhs_rows(p), p.k, lhs_copies.box);
   const TensorMap rhs_map = operand_map(p.rhs_data, rhs_rows(p), p.k, c.block_n / c.cluster_m);
   const TensorMap out_map =

@@ -3,22 +3,9 @@
 #include <type_traits>
 
 namespace jaxfp8 {
-namespace {
-
 std::string to_string(const Dim3& d) {
   return std::to_string(d.x) + "x" + std::to_string(d.y) + "x" + std::to_string(d.z);
 }
-
-template <class T, size_t kCount>
-std::string to_string(const std::array<T, kCount>& values) {
-  std::string text = "(";
-  for (size_t i = 0; i < values.size(); ++i) {
-    text += (i == 0 ? "" : ", ") + std::to_string(values[i]);
-  }
-  return text + ")";
-}
-
-}  // namespace
 
 const char* name(TensorMap::Type type) {
   switch (type) {

@@ -90,8 +90,7 @@ __device__ void load_operands(const GemmArgs& args, uint32_t shared, Mailbox mai
   const int rank_m = rank / args.cluster_n, rank_n = rank % args.cluster_n;
   // The CTAs of this one's row of the cluster share the lhs block, those of its column the rhs
   // block; each loads a part.
-  const LhsCopies lhs_copies(Tile::kBlockM, args.cluster_n,
-                             Tile::kOuterScales ? Tile::kBlockM : args.lhs_rows);
+  const LhsCopies lhs_copies(Tile::kBlockM, Tile::kOuterScales, args.cluster_n, args.lhs_rows);
   const int lhs_part = lhs_copies.part, rhs_part = Tile::kBlockN / args.cluster_m;
   const uint16_t row_mask = ((1 << args.cluster_n) - 1) << (rank_m * args.cluster_n);
   uint16_t column_mask = 0;
@@ -394,7 +393,7 @@ struct Consumer {
 template <class Tile>
 __device__ void clear_rows_past_lhs(const GemmArgs& args, uint32_t shared) {
   if (args.lhs_rows >= Tile::kBlockM) return;
-  const LhsCopies copies(Tile::kBlockM, args.cluster_n, args.lhs_rows);
+  const LhsCopies copies(Tile::kBlockM, Tile::kOuterScales, args.cluster_n, args.lhs_rows);
   constexpr int kMathThreads = 32 * Tile::kMathWarps, kChunks = kBlockK / 16;
   const int chunk = threadIdx.x % kChunks;
 #pragma unroll 1

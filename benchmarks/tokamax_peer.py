@@ -3,7 +3,10 @@
 In bfloat16, with the implementation that tokamax chooses for the device.
 """
 
+import absl.flags
 import tokamax
+
+absl.flags.FLAGS.mark_as_parsed()  # tokamax would read the benchmark's command line as its own
 
 
 def ragged_dots():

@@ -414,7 +414,7 @@ def targets(result):
         if row["mode"] != "train":
             continue
         for peer, milliseconds in row["ms"].items():
-            if peer != "fp8":
+            if not peer.startswith("fp8"):
                 target = 1.8 if "moe" in row["case"] else 1.75
                 add(
                     f"{row['case']}, forward and backward, ms",

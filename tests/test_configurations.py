@@ -311,6 +311,7 @@ def test_configurations_keep_their_indices():
         "m64n32 1x1", "m64n64 1x1", "m64n128 1x1", "m128n128 1x1", "m128n128 2x1", "m128n128 1x2",
         "m128n192 1x1", "m128n192 2x1", "m128n96x2 1x1", "m128n96x2 2x1", "m256n128 1x1",
         "m256n128 1x2", "m256n128 2x1", "m64n64 1x2", "m64n64 2x1", "m64n128 1x2", "m64n128 2x1",
+        "m64n16 1x1", "m64n16 1x2",
     )  # fmt: skip
     outer = (
         "m64n64 1x1", "m128n128 1x1", "m128n128 2x1", "m128n128 1x2", "m128n192 1x1",

@@ -24,7 +24,7 @@ struct Config {
 };
 
 // A compiled or exported program names a configuration by its index: new ones go last.
-constexpr std::array<Config, 17> kBlockScaleConfigs = {{
+constexpr std::array<Config, 19> kBlockScaleConfigs = {{
     {64, 32, 1, 1, 1, 190, 700},
     {64, 64, 1, 1, 1, 250, 700},
     {64, 128, 1, 1, 1, 320, 800},
@@ -38,10 +38,12 @@ constexpr std::array<Config, 17> kBlockScaleConfigs = {{
     {256, 128, 1, 1, 1, 733, 1920},
     {256, 128, 1, 1, 2, 704, 1870},
     {256, 128, 1, 2, 1, 715, 1900},
-    {64, 64, 1, 1, 2, 240, 700},
-    {64, 64, 1, 2, 1, 235, 700},
+    {64, 64, 1, 1, 2, 200, 500},
+    {64, 64, 1, 2, 1, 195, 700},
     {64, 128, 1, 1, 2, 305, 800},
     {64, 128, 1, 2, 1, 300, 800},
+    {64, 16, 1, 1, 1, 175, 700},
+    {64, 16, 1, 1, 2, 170, 700},
 }};
 
 constexpr std::array<Config, 11> kOuterScaleConfigs = {{
@@ -58,16 +60,17 @@ constexpr std::array<Config, 11> kOuterScaleConfigs = {{
     {256, 128, 1, 2, 1, 1050, 2300},
 }};
 
-// schedule.cuh divides by the sides of a cluster with shifts.
+// A cluster has one row or one column (gemm.cuh), and schedule.cuh divides by its sides with shifts.
 template <size_t kCount>
-constexpr bool have_power_of_two_clusters(const std::array<Config, kCount>& configs) {
+constexpr bool have_supported_clusters(const std::array<Config, kCount>& configs) {
   for (const Config& c : configs) {
-    if (c.cluster_m & (c.cluster_m - 1) || c.cluster_n & (c.cluster_n - 1)) return false;
+    const int size = c.cluster_m * c.cluster_n;
+    if ((c.cluster_m > 1 && c.cluster_n > 1) || size & (size - 1)) return false;
   }
   return true;
 }
-static_assert(have_power_of_two_clusters(kBlockScaleConfigs) &&
-              have_power_of_two_clusters(kOuterScaleConfigs));
+static_assert(have_supported_clusters(kBlockScaleConfigs) &&
+              have_supported_clusters(kOuterScaleConfigs));
 
 // As kernels are named: rows, columns of a warpgroup and how many warpgroups side by side.
 std::string tile_name(const Config& c) {

@@ -22,7 +22,7 @@
 // k + 1 runs. With one set only the other warpgroup's wgmma runs meanwhile; the registers go into
 // a larger tile, which reads less shared memory and L2 per product.
 //
-// Clusters: the cluster_n CTAs along N share their lhs block, the cluster_m CTAs along M their rhs
+// Clusters of one row or one column: CTAs along N share their lhs block, CTAs along M their rhs
 // block. Each loads its part of a shared block and multicasts it.
 #pragma once
 #include <cstdint>
@@ -84,54 +84,67 @@ struct Tile {
 // ---- Warp 1: operands
 
 template <class Tile>
+struct Loader {
+  const GemmArgs& args;
+  typename Tile::Stages stages;
+  uint32_t lhs, rhs;     // where this CTA's part of the operands goes in stage 0
+  int lhs_row, rhs_row;  // where that part begins, from the tile's first row and column
+  int stage_bytes;
+
+  // The operands of a tile. Which of them the cluster shares is known outside of the loop, and the
+  // whole warp runs it: behind a branch, or for a lane of the compiler's own choice, each copy would
+  // be waited for until the copy engine has accepted it (benchmarks/NOTES.md).
+  template <bool kSharedLhs, bool kSharedRhs>
+  __device__ __forceinline__ void load(const Work& work) {
+    const uint16_t cluster = (1 << args.cluster_m * args.cluster_n) - 1;
+    for (int b = 0; b < work.k_blocks; ++b, stages.advance()) {
+      const int x = (work.k_block + b) * kBlockK;
+      const uint32_t lhs_stage = lhs + stages.slot * Tile::kLhsBytes;
+      const uint32_t rhs_stage = rhs + stages.slot * Tile::kRhsBytes;
+      stages.wait_empty();
+      if (ptx::elect()) {
+        ptx::mbarrier_arrive_expect_tx(stages.full(), stage_bytes);
+        ptx::tma_load_2d<kSharedLhs>(lhs_stage, args.lhs_map, x, work.lhs_row + lhs_row,
+                                     stages.full(), cluster);
+        ptx::tma_load_2d<kSharedRhs>(rhs_stage, args.rhs_map, x, work.rhs_row + rhs_row,
+                                     stages.full(), cluster);
+      }
+      __syncwarp();
+    }
+  }
+};
+
+template <class Tile>
 __device__ void load_operands(const GemmArgs& args, uint32_t shared, Mailbox mailbox,
                               typename Tile::Stages stages, int lane) {
+  // The CTAs of a cluster share their lhs block or their rhs block; each loads a part.
   const int rank = ptx::cluster_rank();
-  const int rank_m = rank / args.cluster_n, rank_n = rank % args.cluster_n;
-  // The CTAs of this one's row of the cluster share the lhs block, those of its column the rhs
-  // block; each loads a part.
   const LhsCopies lhs_copies(Tile::kBlockM, Tile::kOuterScales, args.cluster_n, args.lhs_rows);
-  const int lhs_part = lhs_copies.part, rhs_part = Tile::kBlockN / args.cluster_m;
-  const uint16_t row_mask = ((1 << args.cluster_n) - 1) << (rank_m * args.cluster_n);
-  uint16_t column_mask = 0;
-  for (int i = 0; i < args.cluster_m; ++i) column_mask |= 1 << (i * args.cluster_n + rank_n);
-  const uint32_t lhs = shared + rank_n * lhs_part * kBlockK;
-  const uint32_t rhs = shared + Tile::kRhs + rank_m * rhs_part * kBlockK;
-  const int stage_bytes = lhs_copies.count * lhs_copies.box * kBlockK + Tile::kRhsBytes;
+  const int lhs_row = args.cluster_n > 1 ? rank * lhs_copies.part : 0;
+  const int rhs_row = args.cluster_m > 1 ? rank * (Tile::kBlockN / args.cluster_m) : 0;
+  Loader<Tile> loader = {args,
+                         stages,
+                         shared + lhs_row * kBlockK,
+                         shared + Tile::kRhs + rhs_row * kBlockK,
+                         lhs_row,
+                         rhs_row,
+                         args.cluster_n * lhs_copies.box * kBlockK + Tile::kRhsBytes};
 
   ptx::cluster_wait();
   for (;;) {
     const Work work = mailbox.receive(lane);
     if (work.k_blocks == Work::kEnd) break;
-    if (lane == 0) {
-      for (int b = 0; b < work.k_blocks; ++b, stages.advance()) {
-        stages.wait_empty();
-        ptx::mbarrier_arrive_expect_tx(stages.full(), stage_bytes);
-        const int x = (work.k_block + b) * kBlockK;
-        const uint32_t lhs_stage = lhs + stages.slot * Tile::kLhsBytes;
-        const uint32_t rhs_stage = rhs + stages.slot * Tile::kRhsBytes;
-        const int lhs_row = work.lhs_row + rank_n * lhs_part;
-        const int rhs_row = work.rhs_row + rank_m * rhs_part;
-        if (args.cluster_n == 1) {
-          ptx::tma_load_2d(lhs_stage, args.lhs_map, x, lhs_row, stages.full());
-        } else if (rank_n < lhs_copies.count) {
-          ptx::tma_load_2d_multicast(lhs_stage, args.lhs_map, x, lhs_row, stages.full(), row_mask);
-        }
-        if (args.cluster_m == 1) {
-          ptx::tma_load_2d(rhs_stage, args.rhs_map, x, rhs_row, stages.full());
-        } else {
-          ptx::tma_load_2d_multicast(rhs_stage, args.rhs_map, x, rhs_row, stages.full(),
-                                     column_mask);
-        }
-      }
+    if (args.cluster_n > 1) {
+      loader.template load<true, false>(work);
+    } else if (args.cluster_m > 1) {
+      loader.template load<false, true>(work);
+    } else {
+      loader.template load<false, false>(work);
     }
-    __syncwarp();
   }
   // Until every stage is empty, others of the cluster may still signal this CTA's barriers.
-  if (lane == 0) {
 #pragma unroll 1
-    for (int i = 0; i < Tile::kStages; ++i, stages.advance()) stages.wait_empty();
-  }
+  for (int i = 0; i < Tile::kStages; ++i, loader.stages.advance()) loader.stages.wait_empty();
 }
 
 // ---- Warp 2: scales
@@ -399,7 +412,7 @@ __device__ void clear_rows_past_lhs(const GemmArgs& args, uint32_t shared) {
 #pragma unroll 1
   for (int row = threadIdx.x % kMathThreads / kChunks; row < Tile::kStages * Tile::kBlockM;
        row += kMathThreads / kChunks) {
-    if (row % Tile::kBlockM >= copies.count * copies.box) {
+    if (!copies.include(row % Tile::kBlockM, args.cluster_n)) {
       ptx::store_shared_i4(shared + row * kBlockK + chunk * 16, {0, 0, 0, 0});
     }
   }
@@ -464,13 +477,14 @@ __device__ __forceinline__ void gemm(const GemmArgs& args) {
   const typename Tile::Stages stages(shared + kLayout.stage_barriers_offset());
   const Mailbox mailbox = {shared + kLayout.mailbox_offset(),
                            Ring<kMailboxSlots>(shared + kLayout.mailbox_barriers_offset())};
-  if (threadIdx.x == 0) {
-    ptx::prefetch_tensor_map(args.lhs_map);
-    ptx::prefetch_tensor_map(args.rhs_map);
-    if (args.flags & kOutTensorMap) ptx::prefetch_tensor_map(args.out_map);
+  if (ptx::elect()) {
+    if (warp == 0) ptx::prefetch_tensor_map(args.lhs_map);
+    if (warp == 1) ptx::prefetch_tensor_map(args.rhs_map);
+    if (warp == 2 && args.flags & kOutTensorMap) ptx::prefetch_tensor_map(args.out_map);
     // full: warp 1's arrival with the bytes to expect, and warp 2's lanes.
-    stages.init(1 + 32, Tile::kMathWarps * args.cluster_m * args.cluster_n);
-    mailbox.ring.init(1, 2 + Tile::kMathWarps);
+    stages.init(warp, Tile::kThreads / 32, 1 + 32,
+                Tile::kMathWarps * args.cluster_m * args.cluster_n);
+    mailbox.ring.init(warp, Tile::kThreads / 32, 1, 2 + Tile::kMathWarps);
     ptx::fence_mbarrier_init();
   }
   // Of the cluster: no CTA may signal another's barriers before they exist. Each warp waits for it

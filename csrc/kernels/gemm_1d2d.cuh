@@ -25,8 +25,7 @@ struct BlockScales {
   static constexpr int kRhs = Tile::kBlockM * 4;
   static constexpr bool kPromotionReadsStage = false;
   static constexpr bool kReadFirst = Tile::kWaves == 2;  // measured: benchmarks/NOTES.md
-  // Of the contraction's blocks, with one accumulator set; the smallest tile gains nothing.
-  static constexpr int kUnroll = Tile::kCols == 32 ? 1 : 4;
+  static constexpr int kUnroll = 4;  // of the contraction's blocks, with one accumulator set
 
   // Warp 2: the scales of one block of the contraction after another.
   struct Source {

@@ -22,20 +22,22 @@ constexpr int kWorkBytes = 32;
 
 constexpr int common_divisor(int a, int b) { return b == 0 ? a : common_divisor(b, a % b); }
 
-// How the CTAs of a cluster along N share the copies of their lhs block: the first `count` of them
-// copy `box` rows each, `part` rows apart. Not more rows than the operand has: to fill in rows past
-// its end takes the copy engine longer than to copy them. 1d1d copies whole blocks, since its loop
-// got slower with it (both: benchmarks/NOTES.md).
+// How the CTAs of a cluster along N share the copies of their lhs block: each copies `box` rows,
+// `part` rows after those of the CTA before. Not more rows than the operand has: to fill in rows
+// past its end takes the copy engine longer than to copy them. 1d1d copies whole blocks, since its
+// loop got slower with it (both: benchmarks/NOTES.md).
 struct LhsCopies {
-  int count = 0, part = 0, box = 0;
+  int part = 0, box = 0;
 
   constexpr LhsCopies(int block_m, bool outer_scales, int cluster_n, int lhs_rows) {
     const int rows = outer_scales || lhs_rows > block_m ? block_m : lhs_rows;
-    part = block_m / cluster_n;
-    // Parts are whole swizzle patterns of 8 rows.
-    if (rows < block_m) part = ((rows + cluster_n - 1) / cluster_n + 7) / 8 * 8;
+    part = ((rows + cluster_n - 1) / cluster_n + 7) / 8 * 8;  // whole swizzle patterns of 8 rows
     box = part < rows ? part : rows;
-    count = (rows + part - 1) / part;
+  }
+
+  // Whether some CTA copies this row of the block.
+  constexpr bool include(int row, int cluster_n) const {
+    return row < part * cluster_n && row % part < box;
   }
 };
 

@@ -20,11 +20,13 @@ struct Ring {
 
   __device__ explicit Ring(uint32_t address) : barriers(address) {}
 
-  // By one thread, before any use, and followed by a fence and a barrier of all parties.
-  __device__ void init(uint32_t full_arrivals, uint32_t empty_arrivals) const {
-    for (int i = 0; i < kSlots; ++i) {
-      ptx::mbarrier_init(barriers + 8 * i, full_arrivals);
-      ptx::mbarrier_init(barriers + 8 * (kSlots + i), empty_arrivals);
+  // One of `parties` threads that make the barriers together, before any use; then a fence, and a
+  // barrier of all who use them.
+  __device__ void init(int party, int parties, uint32_t full_arrivals,
+                       uint32_t empty_arrivals) const {
+#pragma unroll 1
+    for (int i = party; i < 2 * kSlots; i += parties) {
+      ptx::mbarrier_init(barriers + 8 * i, i < kSlots ? full_arrivals : empty_arrivals);
     }
   }
 

@@ -159,24 +159,26 @@ __device__ inline Segment segment(const GemmArgs& args, int base, int lane, Befo
       return {
           s, args.m, 0, s * args.m, static_cast<int>(end_block - blocks), static_cast<int>(blocks)};
     }
-    default:
-      if (s >= args.groups) return {};
-      return {s, args.m, s * args.lhs_group_rows, s * args.m, 0, args.k_blocks};
   }
+  return {};
 }
 
 // ceil(x / 2^shift)
 __device__ inline int ceil_shift(int x, int shift) { return (x + (1 << shift) - 1) >> shift; }
 
 // Sends this CTA's tiles, then kEnd. By a whole warp. The first tile is found while the barriers of
-// the mailbox are made.
+// the mailbox are made. A dense product's tiles need no list: they are found with a few divisions, in
+// code that is short, since a launch that finds it in no cache waits for each of its lines.
 template <class Tile>
 __device__ void schedule(const GemmArgs& args, Mailbox mailbox, int lane) {
   // Of a cluster's sides, which are powers of two.
   const int shift_m = __ffs(args.cluster_m) - 1, shift_n = __ffs(args.cluster_n) - 1;
   const int rank = ptx::cluster_rank();
   const int rank_m = rank >> shift_n, rank_n = rank & (args.cluster_n - 1);
-  const int tiles_n = ceil_shift(ceil_div(args.n, Tile::kBlockN), shift_n);
+  const uint32_t tiles_n = ceil_shift(ceil_div(args.n, Tile::kBlockN), shift_n);
+  const auto tiles_along_m = [&](int rows) {
+    return ceil_shift(ceil_div(rows, Tile::kBlockM), shift_m);
+  };
 
   bool mailbox_exists = false;
   const auto send = [&](const Work& work) {
@@ -184,37 +186,48 @@ __device__ void schedule(const GemmArgs& args, Mailbox mailbox, int lane) {
     mailbox_exists = true;
     if (lane == 0) mailbox.send(work);
   };
+  const auto send_tile = [&](const Segment& segment, uint32_t index) {
+    const uint32_t tiles_of_band = args.band * tiles_along_m(segment.rows);
+    const uint32_t band = index / tiles_of_band;
+    const uint32_t width = min(args.band, tiles_n - band * args.band);
+    const uint32_t in_band = index - band * tiles_of_band;
+    const int tile_m = in_band / width;
+    const int tile_n = band * args.band + in_band - tile_m * width;
+    const int row = ((tile_m << shift_m) + rank_m) * Tile::kBlockM;
+    const int col = ((tile_n << shift_n) + rank_n) * Tile::kBlockN;
+    send({segment.lhs_row + row, segment.group * args.rhs_group_rows + col, segment.out_row + row,
+          col, min(segment.rows - row, Tile::kBlockM), segment.k_block, segment.k_blocks,
+          segment.group});
+  };
 
-  int tile = blockIdx.x >> (shift_m + shift_n);
-  int begin = 0;  // first tile of the 32 segments at hand
-  Before before;
-  for (int base = 0; base < num_segments(args); base += 32) {
-    Segment mine = segment(args, base, lane, before);
-    if (mine.k_blocks == 0 && args.flags & kAccumulate) mine.rows = 0;
-    const int my_tiles_m = ceil_shift(ceil_div(mine.rows, Tile::kBlockM), shift_m);
-    const int my_tiles = my_tiles_m * tiles_n;
-    const int end = begin + prefix_sum(my_tiles, ~0u, lane);
-    for (;; tile += gridDim.x >> (shift_m + shift_n)) {
-      const uint32_t later = __ballot_sync(~0u, tile < end);
-      if (later == 0) break;
-      const int owner = __ffs(later) - 1;
-      const auto of_owner = [&](int x) { return __shfl_sync(~0u, x, owner); };
-      const uint32_t index = tile - of_owner(end - my_tiles);
-      const uint32_t tiles_of_band = args.band * of_owner(my_tiles_m);
-      const uint32_t band = index / tiles_of_band;
-      const uint32_t width = min(args.band, tiles_n - static_cast<int>(band) * args.band);
-      const uint32_t in_band = index - band * tiles_of_band;
-      const int tile_m = in_band / width;
-      const int tile_n = band * args.band + in_band - tile_m * width;
-
-      const int row = ((tile_m << shift_m) + rank_m) * Tile::kBlockM;
-      const int col = ((tile_n << shift_n) + rank_n) * Tile::kBlockN;
-      const int group = of_owner(mine.group);
-      send({of_owner(mine.lhs_row) + row, group * args.rhs_group_rows + col,
-            of_owner(mine.out_row) + row, col, min(of_owner(mine.rows) - row, Tile::kBlockM),
-            of_owner(mine.k_block), of_owner(mine.k_blocks), group});
+  uint32_t tile = blockIdx.x >> (shift_m + shift_n);
+  const uint32_t clusters = gridDim.x >> (shift_m + shift_n);
+  if (args.mode == kDense) {
+    const uint32_t tiles = tiles_along_m(args.m) * tiles_n;
+    for (; tile < args.groups * tiles; tile += clusters) {
+      const int group = args.groups == 1 ? 0 : tile / tiles;
+      send_tile({group, args.m, group * args.lhs_group_rows, group * args.m, 0, args.k_blocks},
+                tile - group * tiles);
     }
-    begin = __shfl_sync(~0u, end, 31);
+  } else {
+    uint32_t begin = 0;  // first tile of the 32 segments at hand
+    Before before;
+    for (int base = 0; base < num_segments(args); base += 32) {
+      Segment mine = segment(args, base, lane, before);
+      if (mine.k_blocks == 0 && args.flags & kAccumulate) mine.rows = 0;
+      const uint32_t my_tiles = tiles_along_m(mine.rows) * tiles_n;
+      const uint32_t end = begin + prefix_sum(my_tiles, ~0u, lane);
+      for (;; tile += clusters) {
+        const uint32_t later = __ballot_sync(~0u, tile < end);
+        if (later == 0) break;
+        const int owner = __ffs(later) - 1;
+        const auto of_owner = [&](int x) { return __shfl_sync(~0u, x, owner); };
+        send_tile({of_owner(mine.group), of_owner(mine.rows), of_owner(mine.lhs_row),
+                   of_owner(mine.out_row), of_owner(mine.k_block), of_owner(mine.k_blocks)},
+                  tile - of_owner(end - my_tiles));
+      }
+      begin = __shfl_sync(~0u, end, 31);
+    }
   }
   send({0, 0, 0, 0, 0, 0, Work::kEnd, 0});
 }

@@ -20,24 +20,25 @@ __device__ __forceinline__ void prefetch_tensor_map(const TensorMap* map) {
 }
 
 // cp.async.bulk.tensor.2d, global to shared: the box at (x, y), x innermost, in elements. Elements
-// out of bounds arrive as zeros; `bar` receives the whole box as transaction bytes.
+// out of bounds arrive as zeros; `bar` receives the whole box as transaction bytes. kMulticast: to
+// the same offset of every CTA of the cluster that is in `cta_mask`, signalling each one's own
+// barrier; for one CTA alone that takes longer.
+template <bool kMulticast>
 __device__ __forceinline__ void tma_load_2d(uint32_t dst, const TensorMap* map, int x, int y,
-                                            uint32_t bar) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%2, %3}], [%4];" ::"r"(dst),
-      "l"(map), "r"(x), "r"(y), "r"(bar)
-      : "memory");
-}
-
-// The same, to the same offset of every CTA in `cta_mask`, signalling each one's own barrier.
-__device__ __forceinline__ void tma_load_2d_multicast(uint32_t dst, const TensorMap* map, int x,
-                                                      int y, uint32_t bar, uint16_t cta_mask) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(dst),
-      "l"(map), "r"(x), "r"(y), "r"(bar), "h"(cta_mask)
-      : "memory");
+                                            uint32_t bar, uint16_t cta_mask) {
+  if constexpr (kMulticast) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(dst),
+        "l"(map), "r"(x), "r"(y), "r"(bar), "h"(cta_mask)
+        : "memory");
+  } else {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%2, %3}], [%4];" ::"r"(dst),
+        "l"(map), "r"(x), "r"(y), "r"(bar)
+        : "memory");
+  }
 }
 
 // cp.async.bulk.tensor.2d, shared to global: elements out of bounds are not written.

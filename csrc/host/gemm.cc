@@ -14,8 +14,8 @@ namespace {
 using Kind = GemmProblem::Kind;
 
 // A configuration: a compiled tile, the cluster that it runs in, and what a CTA needs for a tile: a
-// time for each 128 of the contraction and a time for the rest (benchmarks/NOTES.md: fitted to an
-// H100's figures, rows of 64 estimated from few shapes).
+// time for each 128 of the contraction and a time for the rest, fitted to an H100's figures, and
+// for rows of 64 to an H200's (benchmarks/NOTES.md).
 struct Config {
   int block_m, block_n;
   int warpgroups_n;          // side by side
@@ -24,6 +24,7 @@ struct Config {
 };
 
 // A compiled or exported program names a configuration by its index: new ones go last.
+// clang-format off
 constexpr std::array<Config, 19> kBlockScaleConfigs = {{
     {64, 32, 1, 1, 1, 190, 700},
     {64, 64, 1, 1, 1, 250, 700},
@@ -45,6 +46,7 @@ constexpr std::array<Config, 19> kBlockScaleConfigs = {{
     {64, 16, 1, 1, 1, 175, 700},
     {64, 16, 1, 1, 2, 170, 700},
 }};
+// clang-format on
 
 constexpr std::array<Config, 11> kOuterScaleConfigs = {{
     {64, 64, 1, 1, 1, 300, 1000},
@@ -60,7 +62,8 @@ constexpr std::array<Config, 11> kOuterScaleConfigs = {{
     {256, 128, 1, 2, 1, 1050, 2300},
 }};
 
-// A cluster has one row or one column (gemm.cuh), and schedule.cuh divides by its sides with shifts.
+// A cluster has one row or one column (gemm.cuh), and schedule.cuh divides by its sides with
+// shifts.
 template <size_t kCount>
 constexpr bool have_supported_clusters(const std::array<Config, kCount>& configs) {
   for (const Config& c : configs) {

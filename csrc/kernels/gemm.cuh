@@ -92,8 +92,8 @@ struct Loader {
   int stage_bytes;
 
   // The operands of a tile. Which of them the cluster shares is known outside of the loop, and the
-  // whole warp runs it: behind a branch, or for a lane of the compiler's own choice, each copy would
-  // be waited for until the copy engine has accepted it (benchmarks/NOTES.md).
+  // whole warp runs it: behind a branch, or for a lane of the compiler's own choice, each copy
+  // would be waited for until the copy engine has accepted it (benchmarks/NOTES.md).
   template <bool kSharedLhs, bool kSharedRhs>
   __device__ __forceinline__ void load(const Work& work) {
     const uint16_t cluster = (1 << args.cluster_m * args.cluster_n) - 1;

@@ -167,8 +167,8 @@ __device__ inline Segment segment(const GemmArgs& args, int base, int lane, Befo
 __device__ inline int ceil_shift(int x, int shift) { return (x + (1 << shift) - 1) >> shift; }
 
 // Sends this CTA's tiles, then kEnd. By a whole warp. The first tile is found while the barriers of
-// the mailbox are made. A dense product's tiles need no list: they are found with a few divisions, in
-// code that is short, since a launch that finds it in no cache waits for each of its lines.
+// the mailbox are made. A dense product's tiles need no list: they are found with a few divisions,
+// in code that is short, since a launch that finds it in no cache waits for each of its lines.
 template <class Tile>
 __device__ void schedule(const GemmArgs& args, Mailbox mailbox, int lane) {
   // Of a cluster's sides, which are powers of two.

@@ -408,12 +408,14 @@ __device__ void clear_rows_past_lhs(const GemmArgs& args, uint32_t shared) {
   if (args.lhs_rows >= Tile::kBlockM) return;
   const LhsCopies copies(Tile::kBlockM, Tile::kOuterScales, args.cluster_n, args.lhs_rows);
   constexpr int kMathThreads = 32 * Tile::kMathWarps, kChunks = kBlockK / 16;
-  const int chunk = threadIdx.x % kChunks;
+  const int thread = threadIdx.x % kMathThreads;
 #pragma unroll 1
-  for (int row = threadIdx.x % kMathThreads / kChunks; row < Tile::kStages * Tile::kBlockM;
-       row += kMathThreads / kChunks) {
-    if (!copies.include(row % Tile::kBlockM, args.cluster_n)) {
-      ptx::store_shared_i4(shared + row * kBlockK + chunk * 16, {0, 0, 0, 0});
+  for (int row = thread / kChunks; row < Tile::kBlockM; row += kMathThreads / kChunks) {
+    if (copies.include(row, args.cluster_n)) continue;
+    const uint32_t target = shared + row * kBlockK + thread % kChunks * 16;
+#pragma unroll
+    for (int stage = 0; stage < Tile::kStages; ++stage) {
+      ptx::store_shared_i4(target + stage * Tile::kLhsBytes, {0, 0, 0, 0});
     }
   }
   ptx::fence_proxy_async();

@@ -31,6 +31,7 @@ def cases():
         "forward 4096x7168x16384": Problem("1d2d", 4096, 7168, 16384),
         "forward 4096x24576x1536": Problem("1d2d", 4096, 24576, 1536),
         "forward 64x7168x16384": Problem("1d2d", 64, 7168, 16384),
+        "forward 64x2112x7168": Problem("1d2d", 64, 2112, 7168),
         "weight gradient 4096x16384x15872": Problem("1d1d", 4096, 16384, 15872, out="float32"),
         "ragged 8 x 4096x7168": Problem("grouped", sum(sizes), 4096, 7168, 8, sizes),
         "ragged weight gradient": Problem(

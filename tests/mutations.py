@@ -40,6 +40,16 @@ def kernel_text(module: str, kernel: str) -> str:
     raise NoMatch(f"no kernel {kernel}")
 
 
+@dataclass(frozen=True)
+class Ring:
+    """The loop that makes a ring's barriers, `slots` full ones and then as many empty ones."""
+
+    init: int
+    select: int  # of the arrivals that a full barrier counts, and an empty one
+    address: int  # constant part of the first's
+    slots: int
+
+
 class Ptx:
     """A kernel's PTX as lines, an instruction each, to look around in and to change.
 
@@ -119,22 +129,28 @@ class Ptx:
             register = operands[-1] if "add.s32" in self.lines[place] else operands[1]
         raise NoMatch(f"line {place}: no constant address")
 
-    def inits(self) -> dict[str, list[int]]:
-        """The mbarrier.init of each kind: `full`, `empty`, `mail full`, `mail empty`."""
-        places = self.all(r"\bmbarrier\.init\b", least=14)
-        counts = [self.operands(i)[-1] for i in places]
-        # The stages' `full` counts 33 arrivals, the mailbox's 1.
-        mail = next(i for i, count in enumerate(counts) if count != counts[0] and i % 2 == 0)
-        return {
-            "full": places[:mail:2],
-            "empty": places[1:mail:2],
-            "mail full": places[mail::2],
-            "mail empty": places[mail + 1 :: 2],
-        }
+    def rings(self) -> dict[str, Ring]:
+        """Where the barriers of the `stages` and of the `mail`box are made."""
+        rings = {}
+        for place in self.all(r"\bmbarrier\.init\b", least=2):
+            select = self.definition(self.operands(place)[-1], place)
+            self.check(select, r"\bselp\.b32\b")  # of both counts, by the barrier's number
+            _, full, _, first = self.operands(select)
+            slots = int(self.operands(self.definition(first, select))[-1])
+            # The stages' `full` counts 33 arrivals, the mailbox's 1.
+            name = "mail" if full == "1" else "stages"
+            rings[name] = Ring(place, select, self._address(place), slots)
+        if len(rings) != 2:
+            raise NoMatch(f"barriers of {' and '.join(rings)}, not of the stages and the mailbox")
+        return rings
 
     def barrier(self, kind: str, pattern: str, count: int | None = None) -> list[int]:
-        """Lines with `pattern` on barriers of a kind; `count` of them, else one or more."""
-        address = self._address(self.inits()[kind][0])
+        """Lines with `pattern` on `full`, `empty`, `mail full` or `mail empty` barriers.
+
+        `count` of them, else one or more.
+        """
+        ring = self.rings()["mail" if kind.startswith("mail") else "stages"]
+        address = ring.address + (8 * ring.slots if kind.endswith("empty") else 0)
         found = [
             i
             for i in self.all(pattern)
@@ -150,6 +166,12 @@ class Ptx:
         return self.barrier(kind, r"\bmbarrier\.try_wait\b", count)
 
     # --- changing
+
+    def check(self, place: int, pattern: str) -> int:
+        """The place, if it has `pattern`."""
+        if not re.search(pattern, self.lines[place]):
+            raise NoMatch(f"line {place}: {pattern!r} in {self.lines[place]!r}")
+        return place
 
     def replace(self, place: int, pattern: str, by: str):
         line, count = re.subn(pattern, by, self.lines[place])
@@ -229,8 +251,8 @@ EXPECT_TX = r"\bmbarrier\.arrive\.expect_tx\b"
 CP_ASYNC = r"\bcp\.async\.ca\.shared\.global\b"
 CP_ASYNC_ARRIVE = r"\bcp\.async\.mbarrier\.arrive\.noinc\b"
 RELEASE = r"\bmbarrier\.arrive\.shared::cluster\.b64\b"
-TMA = r"\bcp\.async\.bulk\.tensor\.2d\.shared::cluster\b(?!.*multicast)"
-MULTICAST = r"\bcp\.async\.bulk\.tensor\.2d\b.*multicast"
+COPY = r"\bcp\.async\.bulk\.tensor\.2d\.shared::cluster\b"
+MULTICAST = r"\.multicast::cluster\b"
 TMA_STORE = r"\bcp\.async\.bulk\.tensor\.2d\.global\b"
 BULK_WAIT_READ = r"\bcp\.async\.bulk\.wait_group\.read\b"
 CLUSTER_ARRIVE = r"\bbarrier\.cluster\.arrive\.relaxed\b"
@@ -239,16 +261,61 @@ WGMMA = r"\bwgmma\.mma_async\b"
 COMMIT = r"\bwgmma\.commit_group\b"
 WAIT_GROUP = r"\bwgmma\.wait_group\b"
 WGMMA_FENCE = r"\bwgmma\.fence\b"
+ELECT = r"\belect\.sync\b"
+RECEIVED = r"\bredux\.sync\.or\.b32\b"
+LABEL = r"^\$\w+:"
+SKIP = r"^\s*@!?%\w+ bra\b"
+
+BODIES = 7  # of a loop over blocks that is unrolled by four: its own, and those for what is left
+
+
+@dataclass(frozen=True)
+class Load:
+    """A version of the operand warp's loop: its wait, and what it does in one lane."""
+
+    wait: int
+    skip: int  # the branch of the other lanes
+    expect: int
+    copies: dict[str, int]  # of the "lhs" and of the "rhs"
+
+
+def load(ptx: Ptx, shared: str = "nothing") -> Load:
+    """Of the version for clusters that share their "lhs", their "rhs" or "nothing"."""
+    versions = {}
+    for expect in ptx.all(EXPECT_TX, least=3):
+        copies = {
+            operand_of(ptx, i): i for i in ptx.all(COPY) if expect < i < ptx.after(expect, LABEL)
+        }
+        multicast = [name for name, i in copies.items() if re.search(MULTICAST, ptx.lines[i])]
+        versions[" and ".join(multicast) or "nothing"] = Load(
+            ptx.before(expect, r"\bmbarrier\.try_wait\b"),
+            ptx.before(expect, SKIP),
+            expect,
+            copies,
+        )
+    if sorted(versions) != ["lhs", "nothing", "rhs"]:
+        raise NoMatch(f"the operand warp multicasts {', '.join(versions)}")
+    if sorted(versions[shared].copies) != ["lhs", "rhs"]:
+        raise NoMatch(f"the operand warp copies {', '.join(versions[shared].copies)}")
+    return versions[shared]
+
+
+def operand_of(ptx: Ptx, copy: int) -> str:
+    """Which operand a copy reads: its tensor map is the kernel's first parameter or its second."""
+    place = ptx.definition(re.search(r"\[(%\w+), \{", ptx.lines[copy])[1], copy)
+    place = ptx.definition(ptx.operands(ptx.check(place, r"\bcvta\.param\b"))[1], place)
+    index = re.search(r"_param_([01]);", ptx.lines[ptx.check(place, r"_param_[01];")])[1]
+    return ["lhs", "rhs"][int(index)]
 
 
 def waits_for_a_free_stage(ptx: Ptx) -> dict[str, int]:
-    """Of the operand warp, when it is done, and of the scale warp."""
-    operands = ptx.before(ptx.one(EXPECT_TX), r"\bmbarrier\.try_wait\b")
+    """Of the operand warp of a CTA without a cluster, when it is done, and of the scale warp."""
+    loads = {shared: load(ptx, shared).wait for shared in ("nothing", "lhs", "rhs")}
     scales = ptx.before(ptx.one(CP_ASYNC_ARRIVE), r"\bmbarrier\.try_wait\b")
-    last = [i for i in ptx.waits("empty", 3) if i not in (operands, scales)]
+    last = [i for i in ptx.waits("empty", 5) if i not in (*loads.values(), scales)]
     if len(last) != 1:
         raise NoMatch("a wait before expect_tx or the scales' arrival is not for a free stage")
-    return {"operands": operands, "last": last[0], "scales": scales}
+    return {"operands": loads["nothing"], "last": last[0], "scales": scales}
 
 
 def operand_wait(ptx: Ptx) -> int:
@@ -261,7 +328,7 @@ def scale_wait(ptx: Ptx) -> int:
 
 @planted("tiles", "math warps do not wait for a stage", "Race")
 def _(ptx):
-    ptx.pass_at_once(*ptx.waits("full", 1))
+    ptx.pass_at_once(*ptx.waits("full", BODIES))
 
 
 @planted("tiles", "operand warp does not wait for a free stage", "Race")
@@ -283,23 +350,27 @@ def _(ptx):
 
 @planted("tiles", "math warps' phase never turns", "Deadlock")
 def _(ptx):
-    lap = ptx.operands_of_wait(ptx.waits("full", 1)[0])[2]
-    ptx.drop(ptx.one(rf"xor\.b32\s+{lap}, {lap},"))
+    laps = {ptx.operands_of_wait(i)[2] for i in ptx.waits("full", BODIES)}
+    for place in ptx.all(rf"\bxor\.b32\s+%\w+, ({'|'.join(laps)}), %", least=BODIES):
+        ptx.replace(place, r"xor\.b32(\s+%\w+, %\w+), %\w+;", r"mov.b32\1;")
 
 
 @planted("tiles of two rows", "math warps do not wait for the mailbox", "UninitializedRead")
 def _(ptx):
-    ptx.pass_at_once(ptx.before(ptx.waits("full", 1)[0], r"\bmbarrier\.try_wait\b"))
+    wait = ptx.before(ptx.waits("full", BODIES)[0], r"\bmbarrier\.try_wait\b")
+    if wait not in ptx.waits("mail full", 3):
+        raise NoMatch("the wait before those for a stage is not for the mailbox")
+    ptx.pass_at_once(wait)
 
 
 @planted("tiles", "scheduler does not wait for a free mailbox slot", "Deadlock")
 def _(ptx):
-    ptx.pass_at_once(*ptx.waits("mail empty", 2))
+    ptx.pass_at_once(*ptx.waits("mail empty", 3))
 
 
 def expect(ptx: Ptx, more: int):
     """expect_tx counts so many bytes more."""
-    place = ptx.one(EXPECT_TX)
+    place = load(ptx).expect
     size = ptx.operands(place)[-1]
     ptx.replace(
         place, rf"\s*(.*), {size};", rf"{{ .reg .b32 t; add.s32 t, {size}, {more}; \1, t; }}"
@@ -318,53 +389,85 @@ def _(ptx):
 
 @planted("tiles", "expect_tx forgets its bytes", "Deadlock")
 def _(ptx):
-    ptx.replace(ptx.one(EXPECT_TX), r"\.expect_tx(.*), %\w+;", r"\1;")
+    ptx.replace(load(ptx).expect, r"\.expect_tx(.*), %\w+;", r"\1;")
+
+
+def recount(ptx: Ptx, kind: str, operation: str, operand: int):
+    """The barriers of a kind count so many arrivals more ("add.u32"), less, ..."""
+    name = kind.removeprefix("mail ")
+    select = ptx.rings()["stages" if name == kind else "mail"].select
+    count = ptx.operands(select)[1:][["full", "empty"].index(name)]
+    ptx.replace(
+        select,
+        rf"(.*), {count}\b(.*)",
+        rf"{{ .reg .b32 t; {operation} t, {count}, {operand}; \1, t\2 }}",
+    )
 
 
 @planted("tiles", "a stage's barrier counts one lane of scales less", "BarrierMisuse")
 def _(ptx):
-    count = ptx.operands(ptx.inits()["full"][0])[-1]
-    ptx.set(ptx.definition(count), 32)
+    recount(ptx, "full", "sub.u32", 1)
 
 
 @planted("tiles", "a free stage counts one math warp less", "Race")
 def _(ptx):
-    place = ptx.inits()["empty"][0]
-    count = ptx.operands(place)[-1]
-    ptx.insert(place, f"sub.u32 {count}, {count}, 1;")
+    recount(ptx, "empty", "sub.u32", 1)
 
 
 @planted("tiles", "a free stage counts one math warp more", "Deadlock")
 def _(ptx):
-    place = ptx.inits()["empty"][0]
-    count = ptx.operands(place)[-1]
-    ptx.insert(place, f"add.u32 {count}, {count}, 1;")
+    recount(ptx, "empty", "add.u32", 1)
 
 
 @planted("tiles of two rows", "a mailbox slot counts one reading warp less", "Race")
 def _(ptx):
-    count = ptx.definition(ptx.operands(ptx.inits()["mail empty"][0])[-1])
-    ptx.set(count, int(ptx.operands(count)[-1]) - 1)
+    recount(ptx, "mail empty", "sub.u32", 1)
 
 
 @planted("tiles", "math warps do not hand back a mailbox slot", "Deadlock")
 def _(ptx):
     reads = ptx.barrier("mail empty", r"\bmbarrier\.arrive\.shared::cta\.b64\b", 3)
-    wait = ptx.waits("full", 1)[0]
+    wait = ptx.waits("full", BODIES)[0]
     ptx.drop(next(i for i in reversed(reads) if i < wait))
 
 
 @planted("tiles", "the end of the tiles is not announced", "Deadlock")
 def _(ptx):
-    sends = ptx.barrier("mail full", r"\bmbarrier\.arrive\.shared::cta\.b64\b", 2)
-    ptx.drop(next(i for i in sends if _sends_end(ptx, i)))
+    ptx.drop(sends(ptx)["end"])
 
 
-def _sends_end(ptx: Ptx, arrival: int) -> bool:
-    """Whether the Work before an arrival has kEnd blocks."""
-    store = ptx.before(arrival, r"\bst\.shared\.v4\.b32\b")
-    blocks = ptx.operands(store)[3]
-    return bool(re.search(r"mov\.[ub]32\s+%\w+, -1;", ptx.lines[ptx.definition(blocks, store)]))
+FIELDS = ("lhs_row", "rhs_row", "out_row", "col", "rows", "k_block", "k_blocks", "group")
+
+
+def fields(ptx: Ptx, send: int) -> dict[str, str]:
+    """Registers of the Work that is stored before an arrival at the mailbox."""
+    second = ptx.before(send, r"\bst\.shared\.v4\.b32\b")
+    first = ptx.before(second, r"\bst\.shared\.v4\.b32\b")
+    registers = [*ptx.operands(first)[1:], *ptx.operands(second)[1:]]
+    return dict(zip(FIELDS, registers, strict=True))
+
+
+def sends(ptx: Ptx) -> dict[str, int]:
+    """Where the scheduler hands over a "dense" product's tile, a "listed" segment's, the "end"."""
+    found = {}
+    for place in ptx.barrier("mail full", r"\bmbarrier\.arrive\.shared::cta\.b64\b", 3):
+        work = fields(ptx, place)
+        blocks, group = (
+            ptx.lines[ptx.definition(work[name], place)] for name in ("k_blocks", "group")
+        )
+        if re.search(r"\bmov\.[ub]32\s+%\w+, -1;", blocks):
+            found["end"] = place
+        else:  # the lane that holds a segment of the list tells the others
+            found["listed" if "shfl.sync" in group else "dense"] = place
+    if len(found) != 3:
+        raise NoMatch(f"the scheduler sends {', '.join(found)}")
+    return found
+
+
+def sent(ptx: Ptx, path: str, field: str) -> int:
+    """Where a field of a "dense" or a "listed" tile's Work is computed."""
+    place = sends(ptx)[path]
+    return ptx.definition(fields(ptx, place)[field], place)
 
 
 @planted("tiles", "arrival of the scales removed", "Deadlock")
@@ -383,27 +486,28 @@ def _(ptx):
 
 @planted("tiles", "release of the stages removed", "Deadlock")
 def _(ptx):
-    ptx.drop(ptx.one(RELEASE))
+    ptx.drop(*ptx.all(RELEASE, least=BODIES))
 
 
 @planted("tiles", "stage released before its products are done", "Race")
 def _(ptx):
-    wait = ptx.one(WAIT_GROUP)
-    ptx.move(range(wait, wait + 1), ptx.after(ptx.one(RELEASE), r"^\$\w+:") + 1)
+    for wait in ptx.all(WAIT_GROUP, least=BODIES):
+        ptx.move(range(wait, wait + 1), ptx.after(ptx.after(wait, RELEASE), LABEL) + 1)
 
 
 @planted("outer", "stage released before its scales are read", "Race")
 def _(ptx):
     release = ptx.one(RELEASE)
-    begin, end = ptx.before(release, r"bar\.warp\.sync"), ptx.after(release, r"^\$\w+:")
+    begin, end = ptx.before(release, r"bar\.warp\.sync"), ptx.after(release, LABEL)
     ptx.move(range(begin, end + 1), ptx.after(ptx.one(WAIT_GROUP), r"\bld\.shared\.v4\.f32\b"))
 
 
 @planted("tiles", "all stages' operands land in the first", "Race")
 def _(ptx):
-    copy = ptx.first(TMA)
+    copy = load(ptx).copies["lhs"]
     target = ptx.definition(re.search(r"\[(%\w+)\]", ptx.lines[copy])[1], copy)
-    ptx.replace(target, r"add\.s32\s+(%\w+), (%\w+), %\w+", r"mov.b32 \1, \2")
+    offset = ptx.definition(ptx.operands(target)[1], target)
+    ptx.replace(offset, r"shl\.b32\s+(%\w+), .*;", r"mov.b32 \1, 0;")
 
 
 @planted("tiles", "barriers are not fenced after their initialization", "Race")
@@ -411,9 +515,48 @@ def _(ptx):
     ptx.drop(ptx.one(r"\bfence\.mbarrier_init\b"))
 
 
-@planted("tiles", "no barrier after the barriers' initialization", "Race")
+@planted("tiles", "no barrier after the barriers' initialization", "BarrierMisuse")
 def _(ptx):
     ptx.drop(ptx.one(CLUSTER_ARRIVE), *ptx.all(CLUSTER_WAIT, least=4))
+
+
+@planted("tiles", "scheduler does not wait for the other warps' barriers", "BarrierMisuse")
+def _(ptx):
+    ptx.drop(ptx.before(sends(ptx)["dense"], CLUSTER_WAIT))
+
+
+@planted("tiles", "a warp makes no barriers of the stages", "BarrierMisuse")
+def _(ptx):
+    skip = ptx.before(ptx.rings()["stages"].init, SKIP)
+    test = ptx.definition(re.search(r"@(%\w+)", ptx.lines[skip])[1], skip)
+    ptx.replace(test, r"\bsetp\.gt\.s32(\s+%\w+, %\w+), \d+;", r"setp.eq.s32\1, 1;")
+
+
+@planted("tiles", "every lane makes the barriers", "BarrierMisuse")
+def _(ptx):
+    ptx.drop(ptx.after(ptx.first(ELECT), SKIP))
+
+
+def exchange_counts(ptx: Ptx, ring: str):
+    """Full barriers count the arrivals of empty ones, and these count those."""
+    ptx.replace(
+        ptx.rings()[ring].select, r"(\bselp\.b32\s+%\w+), (%?\w+), (%?\w+),", r"\1, \3, \2,"
+    )
+
+
+@planted("tiles", "full and empty stages exchange their counts", "BarrierMisuse")
+def _(ptx):
+    exchange_counts(ptx, "stages")
+
+
+@planted("tiles", "full and empty mailbox slots exchange their counts", "Deadlock")
+def _(ptx):
+    exchange_counts(ptx, "mail")
+
+
+@planted("tiles", "every lane loads the operands", "Race")
+def _(ptx):
+    ptx.drop(load(ptx).skip)
 
 
 # ---- GEMM: wgmma
@@ -421,22 +564,23 @@ def _(ptx):
 
 @planted("tiles", "wgmma.fence removed", "MissingFence")
 def _(ptx):
-    ptx.drop(ptx.one(WGMMA_FENCE))
+    ptx.drop(*ptx.all(WGMMA_FENCE, least=BODIES))
 
 
 @planted("tiles", "wgmma.commit_group removed", "RegisterInFlight")
 def _(ptx):
-    ptx.drop(ptx.one(COMMIT))
+    ptx.drop(*ptx.all(COMMIT, least=BODIES))
 
 
 @planted("tiles", "wgmma.wait_group removed", "RegisterInFlight")
 def _(ptx):
-    ptx.drop(ptx.one(WAIT_GROUP))
+    ptx.drop(*ptx.all(WAIT_GROUP, least=BODIES))
 
 
 @planted("tiles", "wgmma.wait_group leaves one group in flight", "RegisterInFlight")
 def _(ptx):
-    ptx.replace(ptx.one(WAIT_GROUP), r" 0;", " 1;")
+    for place in ptx.all(WAIT_GROUP, least=BODIES):
+        ptx.replace(place, r" 0;", " 1;")
 
 
 def descriptors(ptx: Ptx, product: int) -> list[str]:
@@ -467,22 +611,36 @@ def _(ptx):
 FENCE = r"\bfence\.proxy\.async\b"
 
 
-def clearing(ptx: Ptx) -> int:
-    """The store of zeros to rows past the lhs: the fence after it comes before any arrival."""
-    for place in ptx.all(r"\bst\.shared\.v4\.b32\b.*\{(%\w+), \1, \1, \1\}"):
-        if ptx.after(place, FENCE) < ptx.after(place, r"\bmbarrier\.arrive\b"):
-            return place
-    raise NoMatch("no store of zeros before a fence")
+def clearing(ptx: Ptx) -> list[int]:
+    """The stores of zeros to rows past the lhs: between them and the fence after is no arrival."""
+    zeros = ptx.all(r"\bst\.shared\.v4\.b32\b.*\{(%\w+), \1, \1, \1\}")
+    for fence in ptx.all(FENCE):
+        arrival = ptx.before(fence, r"\.arrive\b")
+        if places := [i for i in zeros if arrival < i < fence]:
+            return places
+    raise NoMatch("no stores of zeros before a fence")
+
+
+def row_in_part(ptx: Ptx) -> int:
+    """The remainder that says which row of a CTA's part a row is that may have to be cleared."""
+    return ptx.before(clearing(ptx)[0], r"\brem\.s32\b")
+
+
+def is_copied(ptx: Ptx) -> tuple[int, str]:
+    """The test whether a row of a part is copied, and how many are."""
+    row = ptx.operands(row_in_part(ptx))[0]
+    test = ptx.after(row_in_part(ptx), rf"\bsetp\.(lt|ge)\.s32\s+%\w+, {row}, ")
+    return test, ptx.operands(test)[-1]
 
 
 @planted("tiles", "rows past the lhs are not cleared", "UninitializedRead")
 def _(ptx):
-    ptx.drop(clearing(ptx))
+    ptx.drop(*clearing(ptx))
 
 
 @planted("tiles", "zeros in rows past the lhs are not fenced", "MissingFence")
 def _(ptx):
-    ptx.drop(ptx.after(clearing(ptx), FENCE))
+    ptx.drop(ptx.after(clearing(ptx)[-1], FENCE))
 
 
 @planted("tiles", "no barrier after the rows past the lhs are cleared", "Race")
@@ -492,32 +650,83 @@ def _(ptx):
 
 @planted("tiles", "rows of the lhs are cleared", "Race")
 def _(ptx):
-    test = ptx.before(clearing(ptx), r"\bsetp\.(lt|ge)\.s32\b")
-    rows = ptx.operands(test)[-1]
+    test, rows = is_copied(ptx)
     ptx.replace(test, rf", {rows};", ", 8;")
 
 
-@planted("two rows in a cluster", "a CTA copies rows past the lhs", "Race")
+@planted("two rows in a cluster", "rows that the second CTA copies are cleared", "Race")
+@planted("16 columns", "rows that the second CTA copies are cleared", "Race")
 def _(ptx):
-    ptx.drop(ptx.before(ptx.first(MULTICAST), r"@%p\d+\s+bra\b"))
+    ptx.replace(row_in_part(ptx), r"rem\.s32(\s+%\w+, %\w+), %\w+;", r"mov.b32\1;")
+
+
+@planted(
+    "two rows in a cluster", "rows between the CTAs' copies are not cleared", "UninitializedRead"
+)
+def _(ptx):
+    test, rows = is_copied(ptx)
+    ptx.replace(test, rf", {rows};", f", {ptx.operands(row_in_part(ptx))[-1]};")
+
+
+@planted(
+    "two rows in a cluster", "rows past the last CTA's copy are not cleared", "UninitializedRead"
+)
+def _(ptx):
+    ptx.drop(ptx.before(row_in_part(ptx), SKIP))
 
 
 @planted("tiles", "rhs advances 64 bytes for 32 of the contraction", WRONG_RESULT)
 def _(ptx):
-    product = ptx.all(WGMMA, least=4)[1]
-    ptx.replace(ptx.definition(descriptors(ptx, product)[1], product), r", 2;", ", 4;")
+    for product in ptx.all(WGMMA, least=4 * BODIES)[1::4]:
+        ptx.replace(ptx.definition(descriptors(ptx, product)[1], product), r", 2;", ", 4;")
 
 
 @planted("tiles", "lhs does not advance along the contraction", WRONG_RESULT)
 def _(ptx):
-    for product, step in zip(ptx.all(WGMMA, least=4)[1:], (2, 4, 6), strict=True):
-        ptx.replace(ptx.definition(descriptors(ptx, product)[0], product), rf", {step};", ", 0;")
+    products = ptx.all(WGMMA, least=4 * BODIES)
+    for i, step in ((1, 2), (2, 4), (3, 6)):
+        for product in products[i::4]:
+            place = ptx.definition(descriptors(ptx, product)[0], product)
+            ptx.replace(place, rf", {step};", ", 0;")
 
 
 @planted("tiles", "first product of a block keeps the last block's sum", WRONG_RESULT)
 def _(ptx):
-    test = ptx.before(ptx.first(WGMMA), r"\bsetp\.ne\.b32\b")
-    ptx.replace(test, r"setp\.ne(\.b32 p, (%\w+)), 0;", r"setp.eq\1, \2;")
+    for product in ptx.all(WGMMA, least=4 * BODIES)[::4]:
+        test = ptx.before(product, r"\bsetp\.ne\.b32\b")
+        ptx.replace(test, r"setp\.ne(\.b32 p, (%\w+)), 0;", r"setp.eq\1, \2;")
+
+
+# ---- GEMM: loops over blocks that are unrolled by four
+
+
+def of_four(ptx: Ptx, places: list[int]) -> list[int]:
+    """Those places that lie in the loop of four blocks, one for each."""
+    for branch in ptx.all(r"\bbra(\.uni)?\s+\$"):
+        label = re.search(r"\$\w+", ptx.lines[branch])[0]
+        loop = range(ptx.one(rf"^{re.escape(label)}:"), branch)
+        if sum(i in loop for i in ptx.all(COMMIT)) == 4:
+            found = [i for i in places if i in loop]
+            if len(found) != 4:
+                raise NoMatch(f"{len(found)} places in a loop of four blocks")
+            return found
+    raise NoMatch("no loop of four blocks")
+
+
+@planted("blocks by fours", "second block does not wait for its stage", "Race")
+def _(ptx):
+    ptx.pass_at_once(of_four(ptx, ptx.waits("full"))[1])
+
+
+@planted("blocks by fours", "fourth block keeps its stage", "Deadlock")
+def _(ptx):
+    ptx.drop(of_four(ptx, ptx.all(RELEASE))[3])
+
+
+@planted("blocks by fours", "third block takes the scales of the second", "Race")
+def _(ptx):
+    _, second, third, _ = of_four(ptx, scale_reads(ptx))
+    ptx.replace(third, r"\[%\w+\]", re.search(r"\[%\w+\]", ptx.lines[second])[0])
 
 
 # ---- GEMM: two accumulator sets, two math warpgroups
@@ -580,7 +789,7 @@ def _(ptx):
 @planted("two sets", "first turn's stage released before its products are done", "Race")
 def _(ptx):
     release, wait = of_products(ptx, RELEASE, 4)[1], ptx.all(WAIT_GROUP, least=4)[1]
-    begin, end = ptx.before(release, r"bar\.warp\.sync"), ptx.after(release, r"^\$\w+:")
+    begin, end = ptx.before(release, r"bar\.warp\.sync"), ptx.after(release, LABEL)
     if not wait < begin:
         raise NoMatch("the release does not follow the wait")
     ptx.move(range(wait, wait + 1), end + 1)
@@ -599,7 +808,7 @@ def _(ptx):
 @planted("two waves", "stage released before the lower wave's products are done", "Race")
 def _(ptx):
     release = of_products(ptx, RELEASE, 1)[0]
-    begin, end = ptx.before(release, r"bar\.warp\.sync"), ptx.after(release, r"^\$\w+:")
+    begin, end = ptx.before(release, r"bar\.warp\.sync"), ptx.after(release, LABEL)
     ptx.move(range(begin, end + 1), ptx.before(release, WAIT_GROUP))
 
 
@@ -611,30 +820,32 @@ def _(ptx):
 # ---- GEMM: scales
 
 
-def scale_reads(ptx: Ptx) -> int:
-    """The math warps' first read of two row scales."""
-    return ptx.after(ptx.first(WGMMA), r"\bld\.shared\.v2\.f32\b")
+def scale_reads(ptx: Ptx) -> list[int]:
+    """The math warps' reads of two row scales, one for each block's products."""
+    return [ptx.after(i, r"\bld\.shared\.v2\.f32\b") for i in ptx.all(COMMIT, least=BODIES)]
 
 
 @planted("tiles", "neighbouring rows exchange their scales", WRONG_RESULT)
 def _(ptx):
-    place = scale_reads(ptx)
-    address = re.search(r"\[(%\w+)\]", ptx.lines[place])[1]
-    exchange = f"xor.b32 {address}, {address}, 8;"
-    ptx.insert(place, exchange)
-    ptx.insert(place + 1, exchange)
+    for place in scale_reads(ptx):
+        address = re.search(r"\[(%\w+)\]", ptx.lines[place])[1]
+        exchange = f"xor.b32 {address}, {address}, 8;"
+        ptx.insert(place, exchange)
+        ptx.insert(place + 1, exchange)
 
 
 @planted("tiles", "the two rows of a lane exchange their scales", WRONG_RESULT)
 def _(ptx):
-    ptx.replace(scale_reads(ptx), r"\{(%\w+), (%\w+)\}", r"{\2, \1}")
+    for place in scale_reads(ptx):
+        ptx.replace(place, r"\{(%\w+), (%\w+)\}", r"{\2, \1}")
 
 
 @planted("tiles", "row scales come from the first stage", "Race")
 def _(ptx):
-    place = ptx.before(scale_reads(ptx), r"\bmad\.lo\.s32\b")
-    _, slot, *_ = ptx.operands(place)
-    ptx.replace(place, rf", {slot}\b", ", 0")
+    for place in scale_reads(ptx):
+        address = re.search(r"\[(%\w+)\]", ptx.lines[place])[1]
+        stage = ptx.before(place, r"\bmul\.lo\.s32\b.*, 272;")  # bytes of a stage's scales
+        ptx.insert(place, f"sub.u32 {address}, {address}, {ptx.operands(stage)[0]};")
 
 
 @planted("outer", "columns take the scales of their neighbours", WRONG_RESULT)
@@ -710,29 +921,30 @@ def _(ptx):
 
 @planted("tiles", "coordinates of the lhs copy exchanged", WRONG_RESULT)
 def _(ptx):
-    ptx.replace(ptx.first(TMA), r"\{(%\w+), (%\w+)\}", r"{\2, \1}")
+    ptx.replace(load(ptx).copies["lhs"], r"\{(%\w+), (%\w+)\}", r"{\2, \1}")
 
 
 @planted("odd columns", "columns past the output are stored", "DoubleWrite")
 def _(ptx):
     ptx.set(
-        ptx.after(ptx.one(WAIT_GROUP), rf"\bsub\.s32\s+%\w+, {ptx.parameter(N)}, %\w+;"), 1 << 20
+        ptx.after(ptx.all(WAIT_GROUP)[-1], rf"\bsub\.s32\s+%\w+, {ptx.parameter(N)}, %\w+;"),
+        1 << 20,
     )
 
 
-def rows_to_store(ptx: Ptx) -> int:
+def rows_to_store(ptx: Ptx, path: str) -> int:
     """The scheduler's minimum of the rows that are left and those of a tile."""
-    return ptx.one(r"\bmin\.s32\s+%\w+, %\w+, 64;")
+    return ptx.check(sent(ptx, path, "rows"), r"\bmin\.s32\s+%\w+, %\w+, 64;")
 
 
 @planted("odd columns", "rows past the output are stored", "OutOfBounds")
 def _(ptx):
-    ptx.set(rows_to_store(ptx), 64)
+    ptx.set(rows_to_store(ptx, "dense"), 64)
 
 
 @planted("groups", "rows past a group are stored", "DoubleWrite")
 def _(ptx):
-    ptx.set(rows_to_store(ptx), 64)
+    ptx.set(rows_to_store(ptx, "listed"), 64)
 
 
 @planted("groups", "rows past the groups are not zeroed", WRONG_RESULT)
@@ -746,10 +958,15 @@ def _(ptx):
     ptx.replace(ptx.one(rf"\badd\.s32\s+%\w+, {ptx.parameter(GROUPS)}, 1;"), ", 1;", ", 0;")
 
 
+def first_entry(ptx: Ptx, path: str, field: str, parameter: int):
+    """Rows of every group or batch entry begin where the first one's do."""
+    rows = ptx.parameter(parameter)
+    ptx.replace(sent(ptx, path, field), rf"(\bmad\.lo\.s32\s+%\w+, %\w+), {rows},", r"\1, 0,")
+
+
 @planted("groups", "all groups take the first one's rhs", WRONG_RESULT)
 def _(ptx):
-    rows = ptx.parameter(RHS_GROUP_ROWS)
-    ptx.replace(ptx.one(rf"\bmad\.lo\.s32\s+%\w+, %\w+, {rows}, %\w+;"), rf"{rows},", "0,")
+    first_entry(ptx, "listed", "rhs_row", RHS_GROUP_ROWS)
 
 
 @planted("groups", "a negative group size is taken as it is", WRONG_RESULT)
@@ -801,8 +1018,9 @@ def _(ptx):
 
 @planted("tiles", "the scaled product overwrites the sum", WRONG_RESULT)
 def _(ptx):
-    place = ptx.after(ptx.one(WAIT_GROUP), r"\bfma\.rn\.f32\b")
-    ptx.replace(place, r"fma\.rn\.f32\s+(%\w+), (%\w+), (%\w+), %\w+;", r"mul.f32 \1, \2, \3;")
+    for wait in ptx.all(WAIT_GROUP, least=BODIES):
+        place = ptx.after(wait, r"\bfma\.rn\.f32\b")
+        ptx.replace(place, r"fma\.rn\.f32(\s+%\w+, %\w+, %\w+), %\w+;", r"mul.f32\1;")
 
 
 @planted("accumulate", "old values are not added", WRONG_RESULT)
@@ -850,6 +1068,7 @@ def _(ptx):
 
 
 @planted("tiles", "a strip is not swizzled", WRONG_RESULT)
+@planted("16 columns", "a strip is not swizzled", WRONG_RESULT)
 def _(ptx):
     place = ptx.first(r"\bstmatrix\b")
     address = re.search(r"\[(%\w+)\]", ptx.lines[place])[1]
@@ -869,7 +1088,8 @@ def _(ptx):
 
 @planted("tiles", "lanes still read a stage that their warp releases", "Race")
 def _(ptx):
-    ptx.drop(ptx.before(ptx.one(RELEASE), r"\bbar\.warp\.sync\b"))
+    for release in ptx.all(RELEASE, least=BODIES):
+        ptx.drop(ptx.before(release, r"\bbar\.warp\.sync\b"))
 
 
 # ---- GEMM: clusters
@@ -877,21 +1097,43 @@ def _(ptx):
 
 @planted("column cluster", "the column's multicast misses the peer", "Deadlock")
 def _(ptx):
-    copy = ptx.all(MULTICAST, least=2)[1]
-    ptx.replace(copy, r", %\w+;", ", 1;")
+    ptx.replace(load(ptx, "rhs").copies["rhs"], r", %\w+;", ", 1;")
 
 
 @planted("row cluster", "the row's multicast misses the peer", "Deadlock")
 def _(ptx):
-    ptx.replace(ptx.all(MULTICAST, least=2)[0], r", %\w+;", ", 1;")
+    ptx.replace(load(ptx, "lhs").copies["lhs"], r", %\w+;", ", 1;")
+
+
+@planted("row cluster", "a part of the lhs is copied to its own CTA only", "Deadlock")
+def _(ptx):
+    copy = load(ptx, "lhs").copies["lhs"]
+    ptx.replace(copy, rf"{MULTICAST}(.*), %\w+;", r"\1;")
+
+
+@planted("column cluster", "both CTAs multicast the lhs, too", "Race")
+def _(ptx):
+    copies = load(ptx, "rhs").copies
+    cluster = re.search(r"(%\w+);", ptx.lines[copies["rhs"]])[1]
+    ptx.replace(copies["lhs"], r"(::bytes)( .*);", rf"\1.multicast::cluster\2, {cluster};")
+
+
+@planted("column cluster", "the operand warp takes the loop for a shared lhs", "Race")
+def _(ptx):
+    no_blocks = ptx.before(load(ptx, "lhs").wait, r"\bsetp\.lt\.s32\b.*, 1;")
+    begin = ptx.lines[ptx.before(no_blocks, LABEL)]  # that test begins a version
+    branch = ptx.one(rf"^\s*@%\w+ bra\s+{re.escape(begin.strip()[:-1])};")
+    ptx.replace(branch, r"@%\w+ ", "")
 
 
 @planted("column cluster", "the peer is not told that a stage is free", "Deadlock")
 def _(ptx):
-    skip = ptx.before(ptx.first(RELEASE), r"^\s*@%\w+ bra")
-    test = ptx.definition(re.search(r"@(%\w+)", ptx.lines[skip])[1], skip)
-    size = next(r for r in ptx.operands(test)[1:] if "mul.lo" in ptx.lines[ptx.definition(r)])
-    ptx.replace(test, rf"{size}\b", "1")
+    skips = {ptx.before(release, SKIP) for release in ptx.all(RELEASE, least=5)}
+    for test in {ptx.definition(re.search(r"@(%\w+)", ptx.lines[skip])[1], skip) for skip in skips}:
+        size = [r for r in ptx.operands(test)[1:] if "mul.lo" in ptx.lines[ptx.definition(r)]]
+        if len(size) != 1:
+            raise NoMatch("a release does not depend on the cluster's size")
+        ptx.replace(test, rf"{size[0]}\b", "1")
 
 
 @planted("column cluster", "both arrivals go to the CTA itself", "Race")
@@ -902,9 +1144,7 @@ def _(ptx):
 
 @planted("column cluster", "a free stage counts this CTA's warps only", "Race")
 def _(ptx):
-    place = ptx.inits()["empty"][0]
-    count = ptx.operands(place)[-1]
-    ptx.insert(place, f"shr.u32 {count}, {count}, 1;")
+    recount(ptx, "empty", "shr.u32", 1)
 
 
 @planted("column cluster", "a CTA leaves before its peer is done", "ExitedCta")
@@ -918,17 +1158,20 @@ def _(ptx):
     ptx.drop(*ptx.all(CLUSTER_WAIT, least=4))
 
 
+def same_part(ptx: Ptx, operand: str):
+    """Each CTA of a cluster loads the first one's part of the operand that they share."""
+    copy = load(ptx, operand).copies[operand]
+    row = re.search(r"\{%\w+, (%\w+)\}", ptx.lines[copy])[1]
+    work = {ptx.operands(i)[0] for i in ptx.all(RECEIVED)}
+    terms = [t for t in ptx.operands(ptx.definition(row, copy))[1:] if t not in work]
+    if len(terms) != 1:
+        raise NoMatch(f"the row of the {operand} copy is not the tile's plus a part")
+    ptx.set(ptx.check(ptx.definition(terms[0], copy), r"\b(mul\.lo|selp)\b"), 0)
+
+
 @planted("column cluster", "both CTAs load the same part of the rhs block", "Race")
 def _(ptx):
-    copy = ptx.all(MULTICAST, least=2)[1]
-    row = re.search(r"\{%\w+, (%\w+)\}", ptx.lines[copy])[1]
-    terms = ptx.operands(ptx.definition(row, copy))[1:]
-    part = [
-        ptx.definition(t, copy) for t in terms if "mul.lo" in ptx.lines[ptx.definition(t, copy)]
-    ]
-    if len(part) != 1:
-        raise NoMatch("the row of the rhs copy is not the tile's plus a part")
-    ptx.set(part[0], 0)
+    same_part(ptx, "rhs")
 
 
 # ---- Quantizers: arithmetic (quantize.cuh)
@@ -1099,20 +1342,18 @@ def _(ptx):
 # ---- GEMM: batches, accumulation, bands, the larger tiles
 
 LHS_GROUP_ROWS, CLUSTER_M, CLUSTER_N, BAND = -6, -4, -3, -2
-RECEIVED = r"\bredux\.sync\.or\.b32\b"
-FIELDS = ("lhs_row", "rhs_row", "out_row", "col", "rows", "k_block", "k_blocks", "group")
 
 
 def received(ptx: Ptx, warp: str, field: str) -> int:
     """Where the "operands" or the "scales" warp reads a field of its Work."""
     places = ptx.all(RECEIVED, least=24)
     reads = [places[i : i + 8] for i in range(0, 24, 8)]
-    operands, math = (
-        max(r for r in reads if r[-1] < place)
-        for place in (ptx.one(EXPECT_TX), ptx.waits("full")[0])
-    )
+    copy = load(ptx).copies["lhs"]
+    row = ptx.definition(re.search(r"\{%\w+, (%\w+)\}", ptx.lines[copy])[1], copy)
+    operands = next((r for r in reads if ptx.operands(r[0])[0] in ptx.operands(row)), None)
+    math = max(r for r in reads if r[-1] < ptx.waits("full")[0])
     scales = next((r for r in reads if r not in (operands, math)), None)
-    if len(places) != 24 or operands == math or scales is None:
+    if len(places) != 24 or operands in (None, math) or scales is None:
         raise NoMatch("three warps do not read their Work")
     return {"operands": operands, "scales": scales}[warp][FIELDS.index(field)]
 
@@ -1126,14 +1367,37 @@ def flag(ptx: Ptx, bit: int) -> list[int]:
 
 @planted("batch", "every entry takes the first one's lhs", WRONG_RESULT)
 def _(ptx):
-    rows = ptx.parameter(LHS_GROUP_ROWS)
-    ptx.replace(ptx.all(rf"\bmul\.lo\.s32\s+%\w+, %\w+, {rows};", least=2)[-1], rf"{rows};", "0;")
+    first_entry(ptx, "dense", "lhs_row", LHS_GROUP_ROWS)
+
+
+@planted("batch", "every entry takes the first one's rhs", WRONG_RESULT)
+def _(ptx):
+    first_entry(ptx, "dense", "rhs_row", RHS_GROUP_ROWS)
+
+
+def entry_of_tile(ptx: Ptx) -> int:
+    """Where a dense product's tile is divided by the tiles of a batch entry."""
+    group = fields(ptx, sends(ptx)["dense"])["group"]
+    return ptx.check(ptx.definition(group, sends(ptx)["dense"]), r"\bdiv\.u32\b")
+
+
+@planted("batch", "every tile is of the first entry", "OutOfBounds")
+def _(ptx):
+    ptx.set(entry_of_tile(ptx), 0)
+
+
+@planted("batch", "tiles are not counted from the first one of their entry", "OutOfBounds")
+def _(ptx):
+    entry = entry_of_tile(ptx)
+    group, tile, tiles = ptx.operands(entry)
+    first = ptx.operands(ptx.after(entry, rf"\bmul\.lo\.s32\s+%\w+, {group}, {tiles};"))[0]
+    place = ptx.after(entry, rf"\bsub\.s32\s+%\w+, {tile}, {first};")
+    ptx.set(place, tile)
 
 
 @planted("batch", "every entry is stored in the first one's place", "DoubleWrite")
 def _(ptx):
-    rows = ptx.parameter(M)
-    ptx.replace(ptx.all(rf"\bmul\.lo\.s32\s+%\w+, %\w+, {rows};", least=3)[-1], rf"{rows};", "0;")
+    first_entry(ptx, "dense", "out_row", M)
 
 
 @planted("batch", "every entry takes the first one's rhs scales", WRONG_RESULT)
@@ -1161,7 +1425,7 @@ def _(ptx):
 
 @planted("groups accumulate", "rows past a group are added to, too", WRONG_RESULT)
 def _(ptx):
-    ptx.set(rows_to_store(ptx), 64)
+    ptx.set(rows_to_store(ptx, "listed"), 64)
 
 
 @planted("wgrad groups accumulate", "sums are stored, not added", WRONG_RESULT)
@@ -1197,11 +1461,11 @@ def _(ptx):
 @planted("bands", "the last band is as wide as the others", WRONG_RESULT)
 def _(ptx):
     band = ptx.parameter(BAND)
-    place = ptx.one(rf"\bmin\.s32\s+%\w+, %\w+, {band};")
-    ptx.set(place, band)
+    for place in ptx.all(rf"\bmin\.u32\s+%\w+, %\w+, {band};", least=2):
+        ptx.set(place, band)
 
 
-@planted("bands", "the scheduling warp's lanes disagree about the first tile", WRONG_RESULT)
+@planted("groups", "the scheduling warp's lanes disagree about the first tile", "OutOfBounds")
 def _(ptx):
     place = ptx.one(r"\bvote\.sync\.ballot\.b32\b")
     ptx.insert(place + 1, f"and.b32 {ptx.operands(place)[0]}, {ptx.operands(place)[0]}, -2;")
@@ -1209,15 +1473,7 @@ def _(ptx):
 
 @planted("row cluster", "both CTAs load the same part of the lhs block", "Race")
 def _(ptx):
-    copy = ptx.all(MULTICAST, least=2)[0]
-    row = re.search(r"\{%\w+, (%\w+)\}", ptx.lines[copy])[1]
-    terms = ptx.operands(ptx.definition(row, copy))[1:]
-    part = [
-        ptx.definition(t, copy) for t in terms if "mul.lo" in ptx.lines[ptx.definition(t, copy)]
-    ]
-    if len(part) != 1:
-        raise NoMatch("the row of the lhs copy is not the tile's plus a part")
-    ptx.set(part[0], 0)
+    same_part(ptx, "lhs")
 
 
 def rank_of_scheduler(ptx: Ptx) -> str:

@@ -220,9 +220,17 @@ RUNS = {
     "idle warpgroup": lambda: product(
         "gemm_1d2d", m=64, n=40, k=128 * 9, config="m128n128 cluster 1x1"
     ),
-    # One CTA copies all rows of the lhs.
+    # Two rows for each CTA to copy: the second one's lie past the operand, in the middle of a tile.
     "two rows in a cluster": lambda: product(
         "gemm_1d2d", m=2, n=136, k=144, config="m64n64 cluster 1x2"
+    ),
+    # Whole strips and clipped ones; more tiles than one for a CTA, and one past the last column.
+    "16 columns": lambda: product(
+        "gemm_1d2d", m=24, n=40, k=144, config="m64n16 cluster 1x2"
+    ),
+    # More blocks than stages, a block more than a multiple of four.
+    "blocks by fours": lambda: product(
+        "gemm_1d2d", m=24, n=24, k=128 * 16 + 16, config="m64n32 cluster 1x1"
     ),
     "two waves": lambda: product(
         "gemm_1d2d", m=72, n=104, k=128 * 5 + 16, config="m128n96x2 cluster 1x1"

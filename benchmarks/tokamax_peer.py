@@ -1,8 +1,8 @@
 """tokamax as a peer of ragged products: python benchmarks/speed.py OUT --peer benchmarks/tokamax_peer.py
 
-In bfloat16. "tokamax": the implementation and the configuration that tokamax chooses for the device. "tokamax tuned": its
-Mosaic kernels with the configurations that its own table of tuned ones (for an H100) holds for large shapes, since its
-table has no H200 and falls back to tiles of 64x64. On jax 0.11 this needs a tokamax newer than 0.0.12.
+In bfloat16. "tokamax": the implementation and the configuration that tokamax chooses for the device. "tokamax tuned":
+its Mosaic kernels with the configurations that its own table of tuned ones (for an H100) holds for large shapes, since
+its table has no H200 and falls back to tiles of 64x64. On jax 0.11 this needs a tokamax newer than 0.0.12.
 """
 
 import functools

@@ -91,9 +91,10 @@ struct Loader {
   int lhs_row, rhs_row;  // where that part begins, from the tile's first row and column
   int stage_bytes;
 
-  // The operands of a tile. Which of them the cluster shares is known outside of the loop, and the
-  // whole warp runs it: behind a branch, or for a lane of the compiler's own choice, each copy
-  // would be waited for until the copy engine has accepted it (benchmarks/NOTES.md).
+  // The operands of a tile. The whole warp runs the loop, and which operand the cluster shares is
+  // decided outside of it: with a branch between two copies, or in a lane that the compiler does
+  // not know to be alone, the first would be waited for until the copy engine has accepted it
+  // (benchmarks/NOTES.md).
   template <bool kSharedLhs, bool kSharedRhs>
   __device__ __forceinline__ void load(const Work& work) {
     const uint16_t cluster = (1 << args.cluster_m * args.cluster_n) - 1;

@@ -8,11 +8,12 @@
 //   masked         two a group: its valid rows; the rest (no k-blocks)
 //   grouped wgrad  a segment a group, each with its own range of the contraction
 //
-// A segment without k-blocks is stored as zeros, or left alone when accumulating. Every CTA walks
-// the same list on the device: lane i of the scheduling warp holds segment base + i, prefix sums
-// over the lanes number the tiles, and cluster c takes tiles c, c + clusters, ... In a segment
-// tiles run in bands of `band` columns of tiles, row by row, so that the CTAs of a wave share
-// operands in L2.
+// A segment without k-blocks is stored as zeros, or left alone when accumulating. Tiles are
+// numbered through all segments, and cluster c takes tiles c, c + clusters, ... Dense segments are
+// equal, so that a division finds a tile's; else every CTA walks the list on the device: lane i of
+// the scheduling warp holds segment base + i, and prefix sums over the lanes number the tiles. In a
+// segment tiles run in bands of `band` columns of tiles, row by row, so that the CTAs of a wave
+// share operands in L2.
 //
 // Group sizes are not trusted: a negative one counts as zero, and groups end with the last row.
 #pragma once
@@ -167,8 +168,8 @@ __device__ inline Segment segment(const GemmArgs& args, int base, int lane, Befo
 __device__ inline int ceil_shift(int x, int shift) { return (x + (1 << shift) - 1) >> shift; }
 
 // Sends this CTA's tiles, then kEnd. By a whole warp. The first tile is found while the barriers of
-// the mailbox are made. A dense product's tiles need no list: they are found with a few divisions,
-// in code that is short, since a launch that finds it in no cache waits for each of its lines.
+// the mailbox are made; that of a dense product in little code, since a launch that finds its code
+// in no cache waits for each line of it (benchmarks/NOTES.md).
 template <class Tile>
 __device__ void schedule(const GemmArgs& args, Mailbox mailbox, int lane) {
   // Of a cluster's sides, which are powers of two.

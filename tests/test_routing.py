@@ -12,7 +12,7 @@ plan = jax.jit(plan, static_argnums=(1, 2))
 
 
 def by_sorting(expert, num_experts, rows):
-    copies = expert.size
+    expert, copies = expert.astype(object), expert.size  # exact integers
     flat = np.where((expert >= 0) & (expert < num_experts), expert, num_experts)
     flat = flat.reshape(-1).astype(np.int64)
     order = np.argsort(flat, kind="stable")[: (flat < num_experts).sum()]

@@ -16,6 +16,7 @@ import heuristic_check  # noqa: E402
 import multi_gpu  # noqa: E402
 import readme  # noqa: E402
 import speed  # noqa: E402
+import step  # noqa: E402
 
 from tests import gpu_report  # noqa: E402
 
@@ -132,3 +133,18 @@ def test_a_sanitizer_that_sums_nothing_up_has_not_passed(tmp_path, code, log, ex
     path = tmp_path / "memcheck.log"
     path.write_text(log)
     assert gpu_report.result_of("memcheck", code, path)[0] == expected
+
+
+@pytest.mark.full
+def test_a_step_trains_one_model_with_every_variant(tmp_path):
+    out = tmp_path / "step.json"
+    arguments = ["--tiny", "--rounds", "1", "--calls", "1", "--remat", "none,full", str(out)]
+    step.main(arguments)
+    results = json.loads(out.read_text())["results"]
+    assert len(results) == 2 * len(step.VARIANTS)
+    losses = [row["loss"] for row in results.values()]
+    assert losses == sorted(losses, reverse=True)  # each one goes on where the last one stopped
+    for name, row in results.items():
+        assert row["speedup_over_bf16"] == pytest.approx(results["bf16"]["ms"] / row["ms"]), name
+    full, kept = results["bf16, remat full"], results["bf16"]
+    assert full["peak_gib"] < kept["peak_gib"]

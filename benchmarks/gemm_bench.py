@@ -57,7 +57,7 @@ def build(folder: Path):
     target = "-gencode=arch=compute_90a,code="
 
     def image(name: str):
-        source = ROOT / "csrc/kernels" / f"{name}.cu"
+        source = ROOT / "csrc/kernels/gemm" / f"{name}.cu"
         ptx, cubin = folder / f"{name}.ptx", folder / f"{name}.cubin"
         flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr"]
         command = ["nvcc", *flags, "--ptx", target + "compute_90a", "-o", str(ptx), str(source)]

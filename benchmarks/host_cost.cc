@@ -2,7 +2,8 @@
 // What a real driver adds is not in it.
 //
 //   g++ -std=c++17 -O3 -Icsrc -Ibuild/cp311-cp311-linux_x86_64/include benchmarks/host_cost.cc
-//       csrc/driver/driver.cc csrc/ffi/contract.cc csrc/host/*.cc -ldl -o build/host_cost
+//       csrc/driver/*.cc csrc/ffi/{targets,contract,plan_call}.cc csrc/host/*.cc -ldl
+//       -o build/host_cost
 //   build/host_cost <folder with the cubins>
 #include <cstdio>
 #include <ctime>

@@ -51,7 +51,7 @@ def build(directory):
     compilers = [
         subprocess.Popen(
             ["nvcc", "-gencode", "arch=compute_90a,code=sm_90a", "-cubin", "-O3", "-std=c++17"]
-            + [str(ROOT / "csrc/kernels" / f"{image}.cu"), "-o", f"{directory}/{image}.cubin"]
+            + [str(ROOT / f"csrc/kernels/quantize/{image}.cu"), "-o", f"{directory}/{image}.cubin"]
         )
         for image in IMAGES
     ]

@@ -244,7 +244,7 @@ def planted(run: str, name: str, detector: str):
 
 # ---- GEMM: barriers of the ring of stages and of the mailbox
 
-# Parameters, counted from the last: gemm_args.cuh.
+# Parameters, counted from the last: gemm/args.h.
 M, N, GROUPS, RHS_GROUP_ROWS = -12, -11, -10, -5
 
 EXPECT_TX = r"\bmbarrier\.arrive\.expect_tx\b"

@@ -31,7 +31,7 @@ ENTRY_POINTS = (
     "cuLibraryGetKernel", "cuKernelSetAttribute", "cuKernelGetFunction", "cuTensorMapEncodeTiled",
     "cuLaunchKernelEx",
 )  # fmt: skip
-IMAGES = sorted(path.stem for path in (ROOT / "csrc" / "kernels").glob("*.cu"))
+IMAGES = sorted(path.stem for path in (ROOT / "csrc" / "kernels").glob("*/*.cu"))
 
 
 def compiler() -> str | None:

@@ -19,7 +19,7 @@ from tests import emulator
 from tests.test_ffi_errors import ALLOWED, SIZES, TARGETS, CustomCall
 
 ROOT = Path(__file__).parent.parent
-KERNELS = sorted((ROOT / "csrc" / "kernels").glob("*.cu"))
+KERNELS = sorted((ROOT / "csrc" / "kernels").glob("*/*.cu"))
 IMAGES = _ffi.images()
 needs_kernels = pytest.mark.skipif(not IMAGES, reason="this build holds no kernels")
 each_image = pytest.mark.parametrize("image", IMAGES)

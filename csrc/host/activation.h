@@ -8,7 +8,7 @@
 
 namespace jaxfp8 {
 
-// As the custom calls' attribute and csrc/kernels/activation.cuh number them.
+// As the custom calls' attribute and csrc/kernels/quantize/activation.cuh number them.
 constexpr int32_t kNumActivations = 2;  // silu, gelu
 
 struct ActivationProblem {

@@ -6,7 +6,7 @@
 #include <cmath>
 #include <limits>
 
-#include "../kernels/gemm_layout.h"
+#include "../kernels/gemm/layout.h"
 
 namespace jaxfp8 {
 namespace {
@@ -311,7 +311,7 @@ LaunchPlan plan_gemm(const GemmProblem& p, int config, int num_sms, int device_s
   plan.block.x = layout.threads();
   plan.cluster.x = cluster;
   plan.dynamic_smem = layout.shared_bytes();
-  // In the order of GemmArgs (csrc/kernels/gemm_args.cuh).
+  // In the order of GemmArgs (csrc/kernels/gemm/args.h).
   plan.args = {lhs_map,
                rhs_map,
                out_map,

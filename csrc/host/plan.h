@@ -31,7 +31,7 @@ struct Dim3 {
 };
 
 struct LaunchPlan {
-  std::string image;   // csrc/kernels/<image>.cu, compiled to <image>.cubin and <image>.ptx
+  std::string image;   // csrc/kernels/*/<image>.cu, compiled to <image>.cubin and <image>.ptx
   std::string kernel;  // extern "C" name in that image
   Dim3 grid, block, cluster;
   uint32_t dynamic_smem = 0;

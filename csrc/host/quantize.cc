@@ -3,7 +3,7 @@
 #include <limits>
 #include <string>
 
-#include "quantize_checks.h"
+#include "checks.h"
 
 namespace jaxfp8 {
 namespace {

@@ -1,5 +1,5 @@
-// The 1d2d products with f32 output: gemm_1d2d.cuh.
-#include "gemm_1d2d.cuh"
+// The 1d2d products with f32 output: scales_1d2d.cuh.
+#include "scales_1d2d.cuh"
 
 using jaxfp8::BlockScales;
 using jaxfp8::F32;

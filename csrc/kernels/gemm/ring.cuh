@@ -6,7 +6,7 @@
 #pragma once
 #include <cstdint>
 
-#include "../ptx/mbarrier.cuh"
+#include "../../ptx/mbarrier.cuh"
 
 namespace jaxfp8 {
 

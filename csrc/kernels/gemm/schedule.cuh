@@ -19,8 +19,8 @@
 #pragma once
 #include <cstdint>
 
-#include "../ptx/sync.cuh"
-#include "gemm_args.cuh"
+#include "../../ptx/sync.cuh"
+#include "args.h"
 #include "ring.cuh"
 
 namespace jaxfp8 {

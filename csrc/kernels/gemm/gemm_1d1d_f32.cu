@@ -1,5 +1,5 @@
-// The 1d1d products with f32 output: gemm_1d1d.cuh.
-#include "gemm_1d1d.cuh"
+// The 1d1d products with f32 output: scales_1d1d.cuh.
+#include "scales_1d1d.cuh"
 
 using jaxfp8::F32;
 using jaxfp8::OuterScales;

@@ -7,7 +7,7 @@
 #pragma once
 #include <cstdint>
 
-#include "../ptx/convert.cuh"
+#include "../../ptx/convert.cuh"
 
 namespace jaxfp8::quantize {
 

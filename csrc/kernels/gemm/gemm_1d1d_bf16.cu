@@ -1,5 +1,5 @@
-// The 1d1d products with bfloat16 output: gemm_1d1d.cuh.
-#include "gemm_1d1d.cuh"
+// The 1d1d products with bfloat16 output: scales_1d1d.cuh.
+#include "scales_1d1d.cuh"
 
 using jaxfp8::BF16;
 using jaxfp8::OuterScales;

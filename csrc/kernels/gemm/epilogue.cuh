@@ -12,11 +12,11 @@
 #pragma once
 #include <cstdint>
 
-#include "../ptx/convert.cuh"
-#include "../ptx/copy.cuh"
-#include "../ptx/global.cuh"
-#include "../ptx/sync.cuh"
-#include "gemm_args.cuh"
+#include "../../ptx/convert.cuh"
+#include "../../ptx/copy.cuh"
+#include "../../ptx/global.cuh"
+#include "../../ptx/sync.cuh"
+#include "args.h"
 #include "schedule.cuh"
 
 namespace jaxfp8 {

@@ -2,8 +2,8 @@
 #pragma once
 #include <cstdint>
 
-#include "../ptx/copy.cuh"
-#include "gemm_layout.h"
+#include "../../ptx/copy.cuh"
+#include "layout.h"
 
 namespace jaxfp8 {
 

@@ -1,0 +1,144 @@
+#include <utility>
+
+#include "ffi/contract.h"
+#include "ffi/sizes.h"
+
+namespace jaxfp8 {
+namespace {
+
+std::vector<Target> make_targets() {
+  using Quantize = QuantizeProblem::Kind;
+  using Activation = ActivationProblem::Kind;
+  using Gemm = GemmProblem::Kind;
+  constexpr Types fp8 = Types::kFp8, x = Types::kFloat, f32 = Types::kFloat32, s32 = Types::kInt32,
+                  out = Types::kOutput;
+  std::vector<Target> all;
+  const auto quantize = [&](const char* name, Quantize kind, std::vector<ArraySpec> operands,
+                            std::vector<ArraySpec> results) {
+    all.push_back({std::string("jaxfp8_quantize_") + name + "_v1",
+                   Family::kQuantize,
+                   kind,
+                   {},
+                   std::move(operands),
+                   std::move(results)});
+  };
+  const auto activation = [&](const char* name, Activation kind, std::vector<ArraySpec> operands,
+                              std::vector<ArraySpec> results) {
+    Target target{std::string("jaxfp8_activation_") + name + "_v1",
+                  Family::kActivation,
+                  {},
+                  {},
+                  std::move(operands),
+                  std::move(results)};
+    target.activation = kind;
+    all.push_back(std::move(target));
+  };
+  const auto gemm = [&](const char* name, Gemm kind, const std::vector<ArraySpec>& operands,
+                        const ArraySpec& result) {
+    std::string prefix = std::string("jaxfp8_") + name;
+    all.push_back({prefix + "_v1", Family::kGemm, {}, kind, operands, {result}});
+    Target accumulating{prefix + "_accum_v1", Family::kGemm, {}, kind, operands, {result}, true};
+    accumulating.operands.push_back({"accum", result.types, result.dims});
+    all.push_back(std::move(accumulating));
+  };
+
+  quantize("rows", Quantize::kRows, {{"x", x, {M, K}}},
+           {{"data", fp8, {M, K}}, {"scale", f32, {M, KB}}});
+  quantize("columns", Quantize::kColumns, {{"x", x, {G, M, K}}},
+           {{"data", fp8, {G, K, M}}, {"scale", f32, {G, K, MB}}});
+  quantize("both", Quantize::kBoth, {{"x", x, {G, M, K}}},
+           {{"row_data", fp8, {G, M, K}},
+            {"row_scale", f32, {G, M, KB}},
+            {"column_data", fp8, {G, K, M}},
+            {"column_scale", f32, {G, K, MB}}});
+  quantize("blocks", Quantize::kBlocks, {{"x", x, {G, M, K}}},
+           {{"data", fp8, {G, M, K}}, {"scale", f32, {G, MB, KB}}});
+  quantize("weight", Quantize::kWeight, {{"w", x, {G, K, N}}},
+           {{"data_nn", fp8, {G, K, N}}, {"scale", f32, {G, KB, NB}}, {"data_nt", fp8, {G, N, K}}});
+  quantize("ragged_columns", Quantize::kRaggedColumns,
+           {{"x", x, {M, K}}, {"group_sizes", s32, {G}}},
+           {{"data", fp8, {K, PaddedM}}, {"scale", f32, {K, TB}}});
+  quantize("ragged_both", Quantize::kRaggedBoth, {{"x", x, {M, K}}, {"group_sizes", s32, {G}}},
+           {{"row_data", fp8, {M, K}},
+            {"row_scale", f32, {M, KB}},
+            {"column_data", fp8, {K, PaddedM}},
+            {"column_scale", f32, {K, TB}}});
+
+  activation("rows", Activation::kRows, {{"x", x, {M, A, F}}},
+             {{"data", fp8, {M, F}}, {"scale", f32, {M, FB}}});
+  activation("both", Activation::kBoth, {{"x", x, {G, M, A, F}}},
+             {{"row_data", fp8, {G, M, F}},
+              {"row_scale", f32, {G, M, FB}},
+              {"column_data", fp8, {G, F, M}},
+              {"column_scale", f32, {G, F, MB}}});
+  activation("grad_both", Activation::kGradBoth, {{"x", x, {G, M, A, F}}, {"dy", x, {G, M, F}}},
+             {{"row_data", fp8, {G, M, A, F}},
+              {"row_scale", f32, {G, M, A, FB}},
+              {"column_data", fp8, {G, A, F, M}},
+              {"column_scale", f32, {G, A, F, MB}}});
+  activation("ragged_both", Activation::kRaggedBoth,
+             {{"x", x, {M, A, F}}, {"group_sizes", s32, {G}}},
+             {{"row_data", fp8, {M, F}},
+              {"row_scale", f32, {M, FB}},
+              {"column_data", fp8, {F, PaddedM}},
+              {"column_scale", f32, {F, TB}}});
+  activation("ragged_grad_both", Activation::kRaggedGradBoth,
+             {{"x", x, {M, A, F}}, {"dy", x, {M, F}}, {"group_sizes", s32, {G}}},
+             {{"row_data", fp8, {M, A, F}},
+              {"row_scale", f32, {M, A, FB}},
+              {"column_data", fp8, {A, F, PaddedM}},
+              {"column_scale", f32, {A, F, TB}}});
+
+  gemm("gemm_1d2d", Gemm::k1d2d,
+       {{"lhs", fp8, {OneOrG, M, K}},
+        {"lhs_scale", f32, {OneOrG, M, KB}},
+        {"rhs", fp8, {G, N, K}},
+        {"rhs_scale", f32, {G, NB, KB}}},
+       {"out", out, {G, M, N}});
+  gemm("gemm_1d1d", Gemm::k1d1d,
+       {{"lhs", fp8, {OneOrG, M, K}},
+        {"lhs_scale", f32, {OneOrG, M, KB}},
+        {"rhs", fp8, {G, N, K}},
+        {"rhs_scale", f32, {G, N, KB}}},
+       {"out", out, {G, M, N}});
+  gemm("grouped_gemm", Gemm::kGrouped,
+       {{"lhs", fp8, {M, K}},
+        {"lhs_scale", f32, {M, KB}},
+        {"rhs", fp8, {G, N, K}},
+        {"rhs_scale", f32, {G, NB, KB}},
+        {"group_sizes", s32, {G}}},
+       {"out", out, {M, N}});
+  gemm("masked_grouped_gemm", Gemm::kMasked,
+       {{"lhs", fp8, {G, M, K}},
+        {"lhs_scale", f32, {G, M, KB}},
+        {"rhs", fp8, {G, N, K}},
+        {"rhs_scale", f32, {G, NB, KB}},
+        {"masked_m", s32, {G}}},
+       {"out", out, {G, M, N}});
+  gemm("grouped_wgrad_gemm", Gemm::kGroupedWgrad,
+       {{"lhs", fp8, {N, T}},
+        {"lhs_scale", f32, {N, TB}},
+        {"rhs", fp8, {K, T}},
+        {"rhs_scale", f32, {K, TB}},
+        {"group_sizes", s32, {G}}},
+       {"out", out, {G, N, K}});
+  return all;
+}
+
+}  // namespace
+
+const std::vector<Target>& targets() {
+  static const auto* all = new std::vector<Target>(make_targets());  // lives as long as any thread
+  return *all;
+}
+
+const Target& find_target(const std::string& name) {
+  std::string known;
+  for (const Target& target : targets()) {
+    if (target.name == name) return target;
+    known += (known.empty() ? "" : ", ") + target.name;
+  }
+  throw CallError("there is no target " + name + "; known are " + known);
+}
+
+}  // namespace jaxfp8

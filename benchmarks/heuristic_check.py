@@ -106,7 +106,7 @@ TABLE_KINDS = {
 
 def add_to_table(path, device, rows):
     """Entries of every row where another configuration is more than 2 % faster than the heuristic's."""
-    from jaxfp8 import _tune
+    from jaxfp8._tools import tune as _tune
 
     table = _tune._read(path) if path.exists() else {}
     products = table.setdefault(device, {})

@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from . import testing as testing
     from . import tokamax as tokamax
     from . import validate as validate
-    from ._autocast import AutocastPolicy as AutocastPolicy
-    from ._autocast import autocast as autocast
-    from ._explain import Explanation as Explanation
-    from ._explain import explain as explain
-    from ._quantized_array import QuantizedArray as QuantizedArray
-    from ._quantized_weight import QuantizedWeight as QuantizedWeight
-    from ._recipe import Recipe as Recipe
-    from ._tune import Product as Product
-    from ._tune import load_tuned as load_tuned
-    from ._tune import products_of as products_of
-    from ._tune import tune as tune
+    from ._arrays.quantized_array import QuantizedArray as QuantizedArray
+    from ._arrays.quantized_weight import QuantizedWeight as QuantizedWeight
+    from ._arrays.recipe import Recipe as Recipe
+    from ._autocast.autocast import AutocastPolicy as AutocastPolicy
+    from ._autocast.autocast import autocast as autocast
+    from ._tools.explain import Explanation as Explanation
+    from ._tools.explain import explain as explain
+    from ._tools.tune import Product as Product
+    from ._tools.tune import load_tuned as load_tuned
+    from ._tools.tune import products_of as products_of
+    from ._tools.tune import tune as tune
     from .kernels.gemm import gemm as gemm
     from .kernels.gemm import wgrad_gemm as wgrad_gemm
     from .kernels.grouped_gemm import grouped_gemm as grouped_gemm
@@ -53,38 +53,38 @@ if TYPE_CHECKING:
     from .ops.ragged_dot import ragged_dot as ragged_dot
 
 _MODULES = {
-    "AutocastPolicy": "_autocast",
-    "Explanation": "_explain",
-    "Product": "_tune",
-    "QuantizedArray": "_quantized_array",
-    "QuantizedWeight": "_quantized_weight",
-    "Recipe": "_recipe",
+    "AutocastPolicy": "_autocast.autocast",
+    "Explanation": "_tools.explain",
+    "Product": "_tools.tune",
+    "QuantizedArray": "_arrays.quantized_array",
+    "QuantizedWeight": "_arrays.quantized_weight",
+    "Recipe": "_arrays.recipe",
     "all_gather_weight": "ops.prequantize",
-    "autocast": "_autocast",
+    "autocast": "_autocast.autocast",
     "checkpoint_policies": "checkpoint_policies",
     "combine": "ops.expert_parallel",
     "dequantize": "kernels.quantize",
     "dispatch": "ops.expert_parallel",
     "dot_general": "ops.dot_general",
     "einsum": "ops.einsum",
-    "explain": "_explain",
+    "explain": "_tools.explain",
     "export": "export",
     "gemm": "kernels.gemm",
     "grouped_gemm": "kernels.grouped_gemm",
     "grouped_wgrad_gemm": "kernels.grouped_gemm",
     "linear": "ops.linear",
-    "load_tuned": "_tune",
+    "load_tuned": "_tools.tune",
     "masked_grouped_gemm": "kernels.grouped_gemm",
     "mlp": "ops.mlp",
     "prequantize": "ops.prequantize",
-    "products_of": "_tune",
+    "products_of": "_tools.tune",
     "quantize": "kernels.quantize",
     "quantize_both": "kernels.quantize",
     "quantize_weight": "kernels.quantize",
     "ragged_dot": "ops.ragged_dot",
     "testing": "testing",
     "ragged_mlp": "ops.mlp",
-    "tune": "_tune",
+    "tune": "_tools.tune",
     "validate": "validate",
     "wgrad_gemm": "kernels.gemm",
 }

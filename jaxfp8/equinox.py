@@ -15,7 +15,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from ._recipe import Recipe
+from ._arrays.recipe import Recipe
 from .ops.dot_general import dot_general
 
 __all__ = ["Linear", "convert"]

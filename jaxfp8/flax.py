@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 
-from ._recipe import Recipe
+from ._arrays.recipe import Recipe
 from .ops.dot_general import dot_general
 from .ops.einsum import einsum
 

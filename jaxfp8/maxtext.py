@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 
-from ._recipe import Recipe
+from ._arrays.recipe import Recipe
 from .flax import Einsum
 from .ops.dot_general import dot_general
 from .ops.ragged_dot import ragged_dot

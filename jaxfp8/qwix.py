@@ -24,10 +24,10 @@ from qwix._src.utils import (
     flax_util,  # find_param, by which qwix's own providers tell weights apart
 )
 
-from . import _checks as checks
-from ._blocks import BLOCK
-from ._quantized_array import QuantizedArray
-from ._recipe import FP8_DTYPES, Recipe, current_recipe
+from ._arrays import checks
+from ._arrays.blocks import BLOCK
+from ._arrays.quantized_array import QuantizedArray
+from ._arrays.recipe import FP8_DTYPES, Recipe, current_recipe
 from .kernels.gemm import gemm
 from .kernels.quantize import ROW, SQUARE, quantize
 from .ops.dot_general import dot_general

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 import qwix
 
-from . import _checks as checks
-from ._quantized_array import QuantizedArray
-from ._recipe import FP8_DTYPES, Recipe, current_recipe
-from ._types import match_varying
+from ._arrays import checks
+from ._arrays.quantized_array import QuantizedArray
+from ._arrays.recipe import FP8_DTYPES, Recipe, current_recipe
+from ._primitives.mesh import match_varying
 from .kernels.grouped_gemm import grouped_gemm, grouped_wgrad_gemm
 from .kernels.quantize import ROW, SQUARE, quantize, quantize_both
 from .ops._dot import check_precision

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from . import _operation
-from ._operation import Call, Operation
-from ._quantized_array import QuantizedArray
-from ._recipe import Recipe
+from ._arrays.quantized_array import QuantizedArray
+from ._arrays.recipe import Recipe
+from ._primitives import operation as _operation
+from ._primitives.operation import Call, Operation
 from .kernels.activation import TWO
 from .kernels.quantize import SQUARE, quantize, weight_kernel
 from .ops._dot import dot_operation, weight_dims

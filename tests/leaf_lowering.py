@@ -9,7 +9,7 @@ import jaxfp8.kernels.activation
 import jaxfp8.kernels.gemm
 import jaxfp8.kernels.grouped_gemm
 import jaxfp8.kernels.quantize  # noqa: F401  fills LEAVES, which jaxfp8 loads lazily
-from jaxfp8._leaf import LEAVES
+from jaxfp8._primitives.leaf import LEAVES
 
 _choose = None
 _registered: set[str] = set()

@@ -20,7 +20,7 @@ import numpy as np
 from jax.extend.core import jaxprs_in_params
 
 import jaxfp8.kernels.grouped_gemm  # noqa: F401 (with gemm, every product registers its leaf)
-from jaxfp8._leaf import LEAVES
+from jaxfp8._primitives.leaf import LEAVES
 from tests import oracle
 from tests.leaf_lowering import leaves_lower_to
 

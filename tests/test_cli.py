@@ -16,7 +16,7 @@ import jaxfp8
 from jaxfp8 import _ffi
 from jaxfp8._cli import bench, doctor, main
 from jaxfp8._cli.models import MODELS
-from jaxfp8._roofline import DEVICES, device, memory
+from jaxfp8._tools.roofline import DEVICES, device, memory
 
 
 def run(*arguments, status=0):

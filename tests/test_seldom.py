@@ -16,8 +16,10 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxfp8
-from jaxfp8 import AutocastPolicy, _explain, _tune, autocast, explain
-from jaxfp8._roofline import device
+from jaxfp8 import AutocastPolicy, autocast, explain
+from jaxfp8._tools import explain as _explain
+from jaxfp8._tools import tune as _tune
+from jaxfp8._tools.roofline import device
 from tests.programs import assert_close, assert_same_bits, products
 
 SMALL = AutocastPolicy(min_m=1, min_n=1, min_k=1)

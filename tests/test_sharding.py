@@ -19,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxfp8
-from jaxfp8._leaf import LEAVES
+from jaxfp8._primitives.leaf import LEAVES
 from tests import oracle, oracle_gradients
 from tests.programs import (
     assert_close,

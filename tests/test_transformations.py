@@ -18,7 +18,7 @@ import pytest
 from jax import lax
 
 import jaxfp8
-from jaxfp8._leaf import LEAVES
+from jaxfp8._primitives.leaf import LEAVES
 from tests import oracle_gradients
 from tests import oracle_quantize as oq
 from tests.oracle_gradients import Formats

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import jaxfp8
-from jaxfp8 import _ffi, _tune
+from jaxfp8 import _ffi
+from jaxfp8._tools import tune as _tune
 from tests.emulated_platform import emulated_platform
 from tests.kernel_cases import quantized
 

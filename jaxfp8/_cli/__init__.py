@@ -85,7 +85,7 @@ def device_option(command: Any) -> Any:
 
 def chosen_device(function: str, name: str | None) -> Any:
     """The device of `device_option`; a bad name is a usage error."""
-    from .._roofline import device
+    from .._tools.roofline import device
 
     try:
         return device(function, name)

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .._explain import readable_time
+from .._tools.explain import readable_time
 from .models import MODELS, Shape
 
 
@@ -285,7 +285,7 @@ def doubtful(
     """Why the figures may not mean what they seem to."""
     import jax
 
-    from .._roofline import device, here
+    from .._tools.roofline import device, here
 
     first = jax.devices()[0]
     doubts = []

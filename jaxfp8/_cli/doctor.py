@@ -177,7 +177,7 @@ def devices() -> Iterator[Finding]:
 def runs_kernels() -> bool:
     """Whether products on JAX's first device are this package's kernels."""
     from .. import _ffi
-    from .._roofline import here
+    from .._tools.roofline import here
 
     return here() is not None and bool(_ffi.images())
 
@@ -185,7 +185,7 @@ def runs_kernels() -> bool:
 def kernels() -> Iterator[Finding]:
     """The compiled kernels of this build."""
     from .. import _ffi
-    from .._roofline import here
+    from .._tools.roofline import here
 
     images, nvcc = _ffi.images(), _ffi._C.build_info()["nvcc"]
     if not images:

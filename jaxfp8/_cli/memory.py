@@ -6,7 +6,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from .._roofline import memory
+from .._tools.roofline import memory
 from . import product_arguments
 
 

@@ -15,11 +15,11 @@ import numpy as np
 from jax import lax
 
 from .. import _ffi
-from .._blocks import ceil_blocks
-from .._leaf import Leaf
-from .._operation import Call
-from .._partition import Kernel
-from .._types import is_explicit
+from .._arrays.blocks import ceil_blocks
+from .._primitives.leaf import Leaf
+from .._primitives.mesh import is_explicit
+from .._primitives.operation import Call
+from .._primitives.partition import Kernel
 from ._mapped import mapped
 from .quantize import (
     ROW,

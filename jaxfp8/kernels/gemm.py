@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .. import _checks as checks
 from .. import _ffi
-from .._blocks import BLOCK
-from .._leaf import Leaf
-from .._operation import Call
-from .._partition import Kernel, arrange, restore
-from .._quantized_array import QuantizedArray
-from .._recipe import check_num_sms, current_recipe
-from .._tune import check_config, config_index, product_of_call
+from .._arrays import checks
+from .._arrays.blocks import BLOCK
+from .._arrays.quantized_array import QuantizedArray
+from .._arrays.recipe import check_num_sms, current_recipe
+from .._primitives.leaf import Leaf
+from .._primitives.operation import Call
+from .._primitives.partition import Kernel, arrange, restore
+from .._tools.tune import check_config, config_index, product_of_call
 from .quantize import ROW, ROW_SCALE, SQUARE, Named, dequantize_blocks
 
 # --------------------------------------------------------------------------------------------------

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .. import _checks as checks
-from .._blocks import BLOCK, ceil_blocks, group_bounds, padded_starts
-from .._operation import Call
-from .._partition import Kernel
-from .._quantized_array import QuantizedArray
-from .._tune import check_config
-from .._types import match_varying
+from .._arrays import checks
+from .._arrays.blocks import BLOCK, ceil_blocks, group_bounds, padded_starts
+from .._arrays.quantized_array import QuantizedArray
+from .._primitives.mesh import match_varying
+from .._primitives.operation import Call
+from .._primitives.partition import Kernel
+from .._tools.tune import check_config
 from ._mapped import mapped
 from .gemm import (
     add_accum,

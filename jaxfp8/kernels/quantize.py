@@ -14,21 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .. import _checks as checks
 from .. import _ffi
-from .._blocks import (
-    BLOCK,
-    ceil_blocks,
-    group_bounds,
-    padded_starts,
-    padded_tokens,
-)
-from .._leaf import Leaf
-from .._operation import Call
-from .._partition import Kernel, arrange
-from .._quantized_array import QuantizedArray
-from .._recipe import Recipe, current_recipe, fp8_dtype, scale_format_name
-from .._types import full_spec, is_explicit, to_spec
+from .._arrays import checks
+from .._arrays.blocks import BLOCK, ceil_blocks, group_bounds, padded_starts, padded_tokens
+from .._arrays.quantized_array import QuantizedArray
+from .._arrays.recipe import Recipe, current_recipe, fp8_dtype, scale_format_name
+from .._primitives.leaf import Leaf
+from .._primitives.mesh import full_spec, is_explicit, to_spec
+from .._primitives.operation import Call
+from .._primitives.partition import Kernel, arrange
 from ._mapped import mapped
 
 ROW = (1, BLOCK)

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .. import _checks as checks
-from .._operation import Call, Operation
-from .._recipe import Recipe
-from .._types import explicit_axes, full_spec, like_primal, place
+from .._arrays import checks
+from .._arrays.recipe import Recipe
+from .._primitives.mesh import explicit_axes, full_spec, like_primal, place
+from .._primitives.operation import Call, Operation
 from ..kernels import quantize as qt
 from ..kernels.gemm import product
 from ._residuals import load, save

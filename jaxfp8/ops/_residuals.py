@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from .._quantized_array import QuantizedArray
+from .._arrays.quantized_array import QuantizedArray
 from ..kernels.quantize import Named
 
 RESIDUAL_NAME = "jaxfp8_residual"

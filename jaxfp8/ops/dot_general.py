@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .. import _checks as checks
-from .._recipe import Recipe, current_recipe
+from .._arrays import checks
+from .._arrays.recipe import Recipe, current_recipe
 from ._dot import check_precision, dot, out_spec, result_dtype
 
 

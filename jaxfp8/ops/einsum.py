@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .. import _checks as checks
-from .._recipe import Recipe, current_recipe
+from .._arrays import checks
+from .._arrays.recipe import Recipe, current_recipe
 from ._dot import check_precision, out_spec
 from .dot_general import dot_general
 

@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .. import _checks as checks
-from .._blocks import ceil_blocks
-from .._recipe import Recipe, current_recipe
-from .._types import match_varying
+from .._arrays import checks
+from .._arrays.blocks import ceil_blocks
+from .._arrays.recipe import Recipe, current_recipe
+from .._primitives.mesh import match_varying
 from ..kernels import quantize as qt
 
 # --------------------------------------------------------------------------------------------------

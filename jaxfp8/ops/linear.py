@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
-from .. import _checks as checks
-from .._recipe import Recipe, current_recipe
+from .._arrays import checks
+from .._arrays.recipe import Recipe, current_recipe
 from ._dot import dot, out_spec, result_dtype
 from .prequantize import parts
 

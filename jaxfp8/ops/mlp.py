@@ -20,12 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from .. import _checks as checks
-from .._blocks import BLOCK
-from .._operation import Call, Operation
-from .._partition import Kernel
-from .._recipe import Recipe, current_recipe
-from .._types import explicit_axes, like_primal, place
+from .._arrays import checks
+from .._arrays.blocks import BLOCK
+from .._arrays.recipe import Recipe, current_recipe
+from .._primitives.mesh import explicit_axes, like_primal, place
+from .._primitives.operation import Call, Operation
+from .._primitives.partition import Kernel
 from ..kernels import activation as act
 from ..kernels import quantize as qt
 from ..kernels.activation import ACTIVATIONS, TWO, gated

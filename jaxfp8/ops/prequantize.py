@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .. import _checks as checks
-from .._blocks import BLOCK
-from .._quantized_weight import QuantizedWeight
-from .._recipe import Recipe
+from .._arrays import checks
+from .._arrays.blocks import BLOCK
+from .._arrays.quantized_weight import QuantizedWeight
+from .._arrays.recipe import Recipe
 from ..kernels.quantize import quantize_weight
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 
-from .. import _checks as checks
-from .._operation import Call, Operation
-from .._recipe import Recipe, current_recipe
-from .._types import like_primal
+from .._arrays import checks
+from .._arrays.recipe import Recipe, current_recipe
+from .._primitives.mesh import like_primal
+from .._primitives.operation import Call, Operation
 from ..kernels import quantize as qt
 from ..kernels.grouped_gemm import grouped_kernel, grouped_product, grouped_wgrad_kernel
 from ._dot import (

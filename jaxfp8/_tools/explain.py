@@ -17,12 +17,12 @@ import numpy as np
 from jax.extend.core import jaxprs_in_params
 from jax.interpreters import partial_eval
 
-from . import _ffi
-from . import _products as prods
-from ._autocast import FP8_SCOPE, KEPT_SCOPE, AutocastPolicy, Traced, fp8_scope
-from ._roofline import Device, device, here, nbytes
-from ._tune import config_index, product_of_call
-from .kernels.gemm import TMA_STRIDE
+from .. import _ffi
+from .._autocast import planner as prods
+from .._autocast.autocast import FP8_SCOPE, KEPT_SCOPE, AutocastPolicy, Traced, fp8_scope
+from ..kernels.gemm import TMA_STRIDE
+from .roofline import Device, device, here, nbytes
+from .tune import config_index, product_of_call
 
 WOULD_RUN = "jaxfp8.autocast would run it in FP8"
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
-from ._types import match_varying
+from .mesh import match_varying
 
 
 class Call(NamedTuple):

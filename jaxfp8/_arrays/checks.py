@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._blocks import BLOCK, ceil_blocks
-from ._quantized_array import QuantizedArray
-from ._quantized_weight import QuantizedWeight
-from ._recipe import FP8_DTYPES
+from .blocks import BLOCK, ceil_blocks
+from .quantized_array import QuantizedArray
+from .quantized_weight import QuantizedWeight
+from .recipe import FP8_DTYPES
 
 INPUT_DTYPES = tuple(np.dtype(d) for d in (jnp.float32, jnp.bfloat16, jnp.float16))
 OUTPUT_DTYPES = tuple(np.dtype(d) for d in (jnp.bfloat16, jnp.float32))

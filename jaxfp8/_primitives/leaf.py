@@ -9,8 +9,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import AbstractMesh
 
-from . import _ffi
-from ._types import result_type
+from .. import _ffi
+from .mesh import result_type
 
 NO_MESH = AbstractMesh((), ())
 

@@ -23,10 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import _checks as checks
-from . import _ffi
-from ._blocks import BLOCK, ceil_blocks
-from ._recipe import FP8_DTYPES
+from .. import _ffi
+from .._arrays import checks
+from .._arrays.blocks import BLOCK, ceil_blocks
+from .._arrays.recipe import FP8_DTYPES
 
 SHIPPED = Path(__file__).with_name("tuned.json")
 FORMAT = 1
@@ -394,8 +394,8 @@ def _allowed(product: Product, device_sms: int) -> list[str]:
 
 def _program(product: Product, config: str) -> Callable:
     """A jitted function of lists of operands that multiplies each list."""
-    from ._leaf import LEAVES
-    from .kernels import gemm, grouped_gemm  # noqa: F401 (they make the leaves)
+    from .._primitives.leaf import LEAVES
+    from ..kernels import gemm, grouped_gemm  # noqa: F401 (they make the leaves)
 
     leaf = LEAVES[f"jaxfp8_{product.kind}_leaf"]
     params = {

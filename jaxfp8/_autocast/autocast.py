@@ -24,17 +24,17 @@ from jax.extend import source_info_util
 from jax.extend.core import Literal as JaxprLiteral
 from jax.extend.core.primitives import dot_general_p
 
-from . import _checks as checks
-from . import _products as prods
-from ._products import Candidate, Facts, Found, Knowledge, Leaf, Nested, Plan, Planner
-from ._recipe import Recipe, current_recipe
-from ._types import full_spec, place
-from .kernels import quantize as qt
-from .kernels.gemm import product as gemm_product
-from .kernels.grouped_gemm import grouped_gemm, grouped_wgrad_gemm
-from .kernels.quantize import quantize, quantize_both, quantize_weight
-from .ops.dot_general import dot_general
-from .ops.ragged_dot import ragged_dot
+from .._arrays import checks
+from .._arrays.recipe import Recipe, current_recipe
+from .._primitives.mesh import full_spec, place
+from ..kernels import quantize as qt
+from ..kernels.gemm import product as gemm_product
+from ..kernels.grouped_gemm import grouped_gemm, grouped_wgrad_gemm
+from ..kernels.quantize import quantize, quantize_both, quantize_weight
+from ..ops.dot_general import dot_general
+from ..ops.ragged_dot import ragged_dot
+from . import planner as prods
+from .planner import Candidate, Facts, Found, Knowledge, Leaf, Nested, Plan, Planner
 
 EMBEDDING_NAMES = (r".*embed.*", r"wte", r"wpe")
 HEAD_NAMES = (r"(\w+_)?lm_?head", r"head(_?\d+)?", r"(\w+_)?logits?(_\w+)?", r"classifier(_?\d+)?")

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from ._blocks import BLOCK, ceil_blocks, padded_tokens
+from .._arrays.blocks import BLOCK, ceil_blocks, padded_tokens
 
 
 @dataclasses.dataclass(frozen=True)

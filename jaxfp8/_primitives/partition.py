@@ -22,10 +22,10 @@ from jax.experimental.custom_partitioning import (
 )
 from jax.sharding import AxisType, NamedSharding
 
-from ._blocks import BLOCK
-from ._leaf import Leaf
-from ._operation import Call, Operation
-from ._types import full_spec, match_varying, mesh_of, result_type, to_spec
+from .._arrays.blocks import BLOCK
+from .leaf import Leaf
+from .mesh import full_spec, match_varying, mesh_of, result_type, to_spec
+from .operation import Call, Operation
 
 
 class Plan(NamedTuple):

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._blocks import BLOCK
-from ._quantized_array import QuantizedArray
+from .blocks import BLOCK
+from .quantized_array import QuantizedArray
 
 
 @jax.tree_util.register_dataclass

@@ -1,0 +1,1 @@
+"""JAX primitives from named dimensions: batching, partitioning, types; no numerics."""

@@ -1,0 +1,1 @@
+"""What a user asks about a program: explain, the roofline, tuning."""

@@ -1,9 +1,10 @@
-"""Writes the README's figures from benchmarks/results, so that they cannot disagree.
+"""Writes the figures of README.md and docs/performance.md from benchmarks/results, so that they cannot disagree.
 
     python benchmarks/readme.py [--check]
 
-What stands between the two `measured` comments of README.md is replaced by the tables of the newest speed-*.json of
-each device, the newest correct-*.json, and train-cpu-*.json. `--check` only compares.
+What stands between the two `measured` comments of each file is replaced: in docs/performance.md by the tables of the
+newest speed-*.json, heuristic-*.json and correct-*.json of each device and of train-cpu-*.json, in README.md by their
+ratios alone. `--check` only compares. The plot of a speed-*.json stands in docs/images as roofline-DEVICE-DATE.png.
 """
 
 import argparse
@@ -42,22 +43,22 @@ def table(header, rows):
 
 
 PEERS = {"cublaslt block": "cuBLASLt, same scaling", "deepgemm": "DeepGEMM", "torch bf16": "bf16"}
+FAMILIES = {
+    "forward": "forward, 128x128 weight blocks, bf16 out",
+    "dgrad": "input gradient",
+    "wgrad": "weight gradient, float32 out",
+    "wgrad, accumulated": "weight gradient, added to float32",
+    "ragged": "ragged groups, forward",
+    "ragged wgrad": "ragged groups, weight gradient",
+    "masked": "masked groups (ours also writes the zeros past the masks)",
+    "inference": "1 to 128 rows",
+}
 
 
 def products(result):
     kernels = rows_of(result, "kernels")
-    families = {
-        "forward": "forward, 128x128 weight blocks, bf16 out",
-        "dgrad": "input gradient",
-        "wgrad": "weight gradient, float32 out",
-        "wgrad, accumulated": "weight gradient, added to float32",
-        "ragged": "ragged groups, forward",
-        "ragged wgrad": "ragged groups, weight gradient",
-        "masked": "masked groups (ours also writes the zeros past the masks)",
-        "inference": "1 to 128 rows",
-    }
     rows = []
-    for family, name in families.items():
+    for family, name in FAMILIES.items():
         some = [r for r in kernels if r["family"] == family]
         if not some:
             continue
@@ -112,7 +113,7 @@ def wrap(text, width=120):
 
 def speed(result):
     ceiling = result["sections"].get("ceilings", {}).get("results") or {}
-    text = f"### Speed on one {result['device']}"
+    text = f"## Speed on one {result['device']}"
     lines = [text, ""]
     lines += wrap(
         f"Driver {result['driver']}, CUDA {ceiling.get('cuda')}, jax {result['jax']}, torch {ceiling.get('torch')}, "
@@ -124,8 +125,8 @@ def speed(result):
         f"{ceiling.get('copy_gb_per_s', 0):.0f} GB/s (copy)."
     )
     lines += ["", *products(result), ""]
-    plot = f"benchmarks/results/roofline-{result['device'].replace(' ', '-')}-{result['date']}.png"
-    if (ROOT / plot).exists():
+    plot = f"images/roofline-{result['device'].replace(' ', '-')}-{result['date']}.png"
+    if (ROOT / "docs" / plot).exists():
         lines += [f"![Every product under the measured ceilings]({plot})", ""]
     if rows_of(result, "quantizers"):
         lines += wrap(f"Quantizers, of a device copy's bandwidth: {quantizers(result)}.") + [""]
@@ -213,7 +214,7 @@ def measured():
             f"{100 * result['within_5_percent']:.1f} % of {len(result['rows'])} training shapes "
             "(`benchmarks/heuristic_check.py`); the package's table of configurations holds the others."
         ) + [""]
-    lines += ["### Accuracy", ""]
+    lines += ["## Accuracy", ""]
     lines += wrap(
         "Quantization has the same bits on every platform. The error of products is given norm-wise, against float64 "
         "on the dequantized inputs, K = 32 to 16384. The tensor core keeps 14 bits inside a block of 128; the emulator "
@@ -226,21 +227,90 @@ def measured():
     return "\n".join(lines).strip()
 
 
-def replaced(text):
-    begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    return f"{text[:begin]}\n{measured()}\n{text[end:]}"
+# ------------------------------------------------------------------------------------------------
+# The README: ratios alone
+# ------------------------------------------------------------------------------------------------
+
+
+def layer_gain(result, peer, mixtures):
+    """Least and largest ratio to `peer` of the layers that are (or are not) mixtures, forward and backward."""
+    ratios = [
+        row["ms"][peer] / row["ms"]["fp8"]
+        for row in rows_of(result, "layers")
+        if row["mode"] == "train" and peer in row["ms"] and mixtures == ("experts" in row["case"])
+    ]
+    return f"{min(ratios):.2f} to {max(ratios):.2f}x" if ratios else "not measured"
+
+
+def product_gain(result, peer):
+    ratios = []
+    for family in ("forward", "wgrad"):
+        times = [r["microseconds"] for r in rows_of(result, "kernels") if r["family"] == family]
+        ratios.append(f"{geomean(t[peer] / t['ours'] for t in times if peer in t):.2f}x")
+    return ", ".join(ratios)
+
+
+def loss_gain(result):
+    """The loss after trainings in FP8 against BF16, and of BF16 against a twin that differs by chance."""
+    return "; ".join(
+        f"{'mixture' if 'moe' in kind else 'dense'} {100 * summary['relative_loss_difference']:+.2f} % "
+        f"(two BF16 runs {100 * summary['relative_loss_noise']:.2f} %)"
+        for kind, summary in (result or {}).get("train", {}).items()
+    )
+
+
+def gains():
+    """The README's table: a column a device, a row what a user asks first."""
+    speeds, trained = newest("speed-NVIDIA-*.json"), newest("correct-NVIDIA-*.json")
+    devices = sorted(speeds, key=lambda device: speeds[device]["date"], reverse=True)
+    rows = {
+        "linear and SwiGLU layers over XLA's BF16": lambda r: layer_gain(r, "XLA bf16", False),
+        "mixtures of experts over tokamax's tuned BF16": lambda r: layer_gain(
+            r, "tokamax tuned", True
+        ),
+        "products alone over DeepGEMM: forward, weight gradient": lambda r: product_gain(
+            r, "deepgemm"
+        ),
+        "over cuBLASLt, same scaling: forward, weight gradient": lambda r: product_gain(
+            r, "cublaslt block"
+        ),
+        "validation loss, FP8 to BF16": lambda r: (
+            loss_gain(trained.get(r["device"])) or "not measured"
+        ),
+    }
+    header = [
+        "",
+        *(f"{device.removeprefix('NVIDIA ')}, {speeds[device]['date']}" for device in devices),
+    ]
+    return "\n".join(
+        table(header, [[name, *(cell(speeds[d]) for d in devices)] for name, cell in rows.items()])
+    )
+
+
+WRITTEN = {"README.md": gains, "docs/performance.md": measured}
+
+
+def written():
+    """Each file that holds figures: its path, and its text with the figures that the results say."""
+    texts = {}
+    for name, figures in WRITTEN.items():
+        text = (ROOT / name).read_text()
+        begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+        texts[ROOT / name] = f"{text[:begin]}\n{figures()}\n{text[end:]}"
+    return texts
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
-    path = ROOT / "README.md"
-    text = path.read_text()
-    new = replaced(text)
-    if not parser.parse_args().check:
-        path.write_text(new)
-    elif text != new:
-        sys.exit("README.md differs from benchmarks/results: run python benchmarks/readme.py")
+    check = parser.parse_args().check
+    for path, text in written().items():
+        if not check:
+            path.write_text(text)
+        elif path.read_text() != text:
+            sys.exit(
+                f"{path.name} differs from benchmarks/results: run python benchmarks/readme.py"
+            )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python benchmarks/speed.py OUT [--sections ceilings,kernels,quantizers,layers,steps] [--peer FILE]...
 
 Prints one table, and writes OUT/speed-DEVICE-DATE.json and OUT/roofline.png. `benchmarks/readme.py` writes the
-README's figures from the JSON.
+figures of README.md and docs/performance.md from the JSON.
 
 Each section runs in a process of its own. Kernels: device time by CUDA events around one launch, after a write of 8 GB
 that evicts L2 and lets the power budget recover (`--flush`); normal random data; medians; peers alternate with ours.

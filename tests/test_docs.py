@@ -1,30 +1,159 @@
-"""The documentation: it builds without a warning, names every public function, and its examples run."""
+"""The documentation: it builds without a warning, names all that is public and no file that is not there, and runs."""
 
+import functools
+import importlib
+import inspect
 import os
 import pathlib
 import re
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jaxfp8
 
 ROOT = pathlib.Path(__file__).parents[1]
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md"), ROOT / "tests/README.md"])
+PAGES = [page for page in PAGES if page.exists() and page.name != "CHANGELOG.md"]  # names what was
 
 
-def test_the_site_builds_and_every_link_leads_somewhere(tmp_path):
-    # `strict: true` in mkdocs.yml makes a broken link, anchor or API name an error.
+def prose(page):
+    """The text of a page without its code blocks."""
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+
+
+def code_blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The built site. Without --quiet: mkdocs counts only warnings that it shows."""
+    directory = tmp_path_factory.mktemp("site")
     environment = {**os.environ, "JAXFP8_DOCS_EXECUTE": "false", "NO_MKDOCS_2_WARNING": "1"}
-    command = [sys.executable, "-m", "mkdocs", "build", "-q", "-d", str(tmp_path)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(directory)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert 'id="jaxfp8.ragged_dot"' in (tmp_path / "api" / "index.html").read_text()
+    assert "WARNING" not in done.stderr
+    return directory
 
 
-def test_every_public_name_is_in_the_api_reference():
-    named = set(re.findall(r"^::: jaxfp8\.(\w+)", (ROOT / "docs/api.md").read_text(), re.M))
-    assert set(jaxfp8.__all__) - {"__version__"} - named == set()
+def test_every_public_name_is_in_the_api_reference_once(site):
+    anchors = re.findall(r'id="(jaxfp8[\w.]*)"', (site / "api" / "index.html").read_text())
+    wanted = {
+        f"jaxfp8.{name}" for name in {*jaxfp8.__all__, *jaxfp8._INTEGRATIONS} - {"__version__"}
+    }
+    for module in [m for m in sorted(wanted) if inspect.ismodule(getattr(jaxfp8, m.split(".")[1]))]:
+        wanted |= {f"{module}.{name}" for name in public_names(importlib.import_module(module))}
+    assert wanted - set(anchors) == set()
+    assert {a for a in anchors if anchors.count(a) > 1} == set()
+
+
+def public_names(module):
+    """What a module offers: its `__all__`, else what it defines or re-exports by a public name."""
+    if hasattr(module, "__all__"):
+        return module.__all__
+    return [
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and not inspect.ismodule(value)
+        and getattr(value, "__module__", "jaxfp8").startswith("jaxfp8")
+    ]
+
+
+def test_every_page_is_in_the_navigation_and_linked_from_the_readme(site):
+    pages = {p.name for p in (ROOT / "docs").iterdir() if p.suffix in (".md", ".py")} - {"index.md"}
+    linked = set(re.findall(r"\(docs/([\w.]+)", (ROOT / "README.md").read_text()))
+    assert pages - linked == set()
+    assert (site / "reliability" / "index.html").exists()  # mkdocs itself warns of a page outside
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_of_files_lead_to_files(page):
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", prose(page)):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_no_section_stands_twice(page):
+    sections = re.findall(r"^#+ .*", prose(page), re.M)
+    assert sorted(sections) == sorted(set(sections))
+
+
+ROOTS = (
+    "jaxfp8|csrc|tests|benchmarks|examples|docs|tools|cmake|build_backend|licenses|\\.ci|\\.github"
+)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_file_that_is_named_is_there(page):
+    for name in re.findall(rf"(?<![\w/.-])((?:{ROOTS})/[\w./*-]*)", page.read_text()):
+        name = name.rstrip(".")
+        assert list(ROOT.glob(name)), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_name_of_ours_in_a_page_exists(page):
+    names = re.findall(r"(?<!/)\bjaxfp8((?:\.[A-Za-z_]\w*)+)", page.read_text())
+    for name in {n for n in names if not n.endswith(".json")}:  # tuned.json, jaxfp8.cdx.json
+        functools.reduce(getattr, name[1:].split("."), jaxfp8)
+
+
+def readme_space():
+    """What the README's examples take for granted: a model, a loss, and the arrays of an expert-parallel device."""
+    import equinox as eqx
+    import flax.linen as nn
+    from flax import nnx
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.up = nnx.Linear(256, 256, rngs=rngs)
+            self.head = nnx.Linear(256, 8, rngs=rngs)
+
+    def loss(params, batch):
+        return jnp.mean(jnp.square(jnp.tanh(batch @ params["up"]) @ params["down"]))
+
+    return {
+        "loss": loss,
+        "params": {"up": jnp.full((128, 256), 0.01), "down": jnp.full((256, 128), 0.01)},
+        "batch": jnp.ones((128, 128)),
+        "nn": nn,
+        "nnx_model": Model(nnx.Rngs(0)),
+        "eqx_model": eqx.nn.MLP(128, 128, 128, 1, key=jax.random.key(0)),
+        "num_experts": 8,
+    }
+
+
+def test_the_examples_of_the_readme_run():
+    blocks = code_blocks(ROOT / "README.md", "python")
+    space = readme_space()
+    for number, code in enumerate(blocks):
+        exec(compile(code, f"README.md, block {number + 1}", "exec"), space)
+    assert isinstance(space["eqx_model"].layers[0], jaxfp8.equinox.Linear)
+    assert isinstance(space["nnx_model"].up.dot_general, jaxfp8.flax.DotGeneral)
+    want = np.asarray(space["x"], np.float64) @ np.asarray(space["w"], np.float64)
+    error = np.asarray(space["y"], np.float64) - want
+    assert np.linalg.norm(error) < 0.05 * np.linalg.norm(want)
+    assert np.isfinite(np.asarray(space["grad"](space["w"], space["x"]))).all()
+
+    devices = jax.make_mesh((8,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.P("expert")
+    layer = jax.shard_map(space["mixture"], mesh=devices, in_specs=spec, out_specs=spec)
+    tokens, gate = jnp.ones((64, 1024), jnp.bfloat16), jnp.ones((64, 1))
+    y = jax.jit(layer)(tokens, jnp.arange(64)[:, None] % 8, gate, space["experts"])
+    sums = np.asarray(space["experts"], np.float64).sum(1)[np.arange(64) % 8]
+    assert np.linalg.norm(np.asarray(y, np.float64) - sums) < 0.05 * np.linalg.norm(sums)
+
+
+def test_readme_and_contributing_stay_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 170
+    if (ROOT / "CONTRIBUTING.md").exists():
+        assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) <= 120
 
 
 @pytest.mark.slow

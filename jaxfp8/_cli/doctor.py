@@ -227,7 +227,7 @@ def self_test() -> Iterator[Finding]:
 
     rng = np.random.default_rng(0)
     m, n, k, groups = 192, 256, 384, 3
-    bound = 1e-3 if runs_kernels() else 1e-5  # docs/architecture.md; README, "Measured"
+    bound = 1e-3 if runs_kernels() else 1e-5  # docs/numerics.md, "Products"
     how = "kernel" if runs_kernels() else "XLA operations"
 
     def normal(*shape):

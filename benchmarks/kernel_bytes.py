@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tests import kernel_launch as launch
+
 ROWS, COLUMNS, GROUPED = 144, 48, 100  # of which 100 rows are in the one group
 
 
@@ -47,9 +49,7 @@ def assert_least(moved: Moved):
 
 
 def _moved(plan, operands, results, least_read) -> Moved:
-    from tests import kernel_launch
-
-    _, report = kernel_launch.execute(plan, operands, results)
+    _, report = launch.execute(plan, operands, results)
     written = sum(int(np.prod(shape)) * dtype.itemsize for dtype, shape in results.values())
     # A CTA reads the sizes, and those in a group the first one's once more.
     sizes = (
@@ -64,34 +64,27 @@ def _moved(plan, operands, results, least_read) -> Moved:
 @functools.cache
 def quantizer(kind: str, source: np.dtype) -> Moved:
     """One quantization of a matrix in `source`."""
-    from tests import test_quantize_kernels as kernels
-    from tests.kernel_launch import E4M3
-
-    x = kernels.matrices(10, kernels.shape_for(kind, 1, ROWS, COLUMNS), source)
+    x = launch.matrices(10, launch.quantizer_shape(kind, 1, ROWS, COLUMNS), source)
     sizes = None
-    if kind in kernels.RAGGED:
+    if kind in launch.RAGGED_QUANTIZERS:
         x, sizes = x[0], [GROUPED]
     read = GROUPED * COLUMNS * x.itemsize if kind == "ragged_columns" else x.nbytes
-    return _moved(*kernels.call(kind, x, E4M3, group_sizes=sizes), read)
+    return _moved(*launch.quantizer_call(kind, x, launch.E4M3, group_sizes=sizes), read)
 
 
 @functools.cache
 def activation(kind: str, source: np.dtype) -> Moved:
     """One gated activation of a matrix in `source`, or its gradient."""
-    from tests import test_activation_kernels as kernels
-    from tests.kernel_launch import E4M3
-
-    x, dy = kernels.operands(kind, kernels.shape_for(kind, 1, ROWS, 2, COLUMNS), 10, source)
-    sizes = [GROUPED] if kind in kernels.RAGGED else None
+    x, dy = launch.activation_operands(
+        kind, launch.activation_shape(kind, 1, ROWS, 2, COLUMNS), 10, source
+    )
+    sizes = [GROUPED] if kind in launch.RAGGED_ACTIVATIONS else None
     read = x.nbytes + (0 if dy is None else dy.nbytes)
-    return _moved(*kernels.call(kind, x, dy, E4M3, group_sizes=sizes), read)
+    return _moved(*launch.activation_call(kind, x, dy, launch.E4M3, group_sizes=sizes), read)
 
 
 def table() -> str:
     """Of every kernel with E4M3 results."""
-    from tests import test_activation_kernels, test_quantize_kernels
-    from tests.kernel_launch import BF16, F16, F32
-
     lines = [
         "Bytes moved by the quantizing kernels against the least: `python -m benchmarks.kernel_bytes`.",
         "Counted by the emulator; nothing here was run on a GPU.",
@@ -99,9 +92,14 @@ def table() -> str:
         "| kernel | input | least read | read | ratio | least written | written | ratio |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    quantizers = test_quantize_kernels.DENSE + test_quantize_kernels.RAGGED
-    for measure, kinds in ((quantizer, quantizers), (activation, test_activation_kernels.KINDS)):
-        lines += [measure(kind, source).line() for kind in kinds for source in (BF16, F16, F32)]
+    quantizers = launch.DENSE_QUANTIZERS + launch.RAGGED_QUANTIZERS
+    activations = launch.DENSE_ACTIVATIONS + launch.RAGGED_ACTIVATIONS
+    for measure, kinds in ((quantizer, quantizers), (activation, activations)):
+        lines += [
+            measure(kind, source).line()
+            for kind in kinds
+            for source in (launch.BF16, launch.F16, launch.F32)
+        ]
     lines += [
         "",
         f"A ragged kernel's one group has {GROUPED} of the {ROWS} rows; its CTAs read its size, too.",

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxfp8 import _ffi
-from tests import emulator
+from tests import emulator, oracle_activation, oracle_quantize
 
 BF16, F16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32)
 E4M3, E5M2 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2)
@@ -102,3 +102,134 @@ def execute(
     )
     arrays = [np.frombuffer(b.tobytes(), dtype).reshape(shape) for b, dtype, shape in outputs]
     return arrays, report
+
+
+def assert_same_bytes(got: Sequence[np.ndarray], want: Sequence[np.ndarray]):
+    """Every output equals what is wanted, byte for byte."""
+    for i, arrays in enumerate(zip(got, want, strict=True)):
+        a, b = (v.reshape(-1).view(np.uint8) for v in arrays)
+        wrong = np.flatnonzero(a != b)
+        assert not wrong.size, f"output {i}: {wrong.size} of {a.size} bytes, first {wrong[0]}"
+
+
+# ---- Quantizations
+
+DENSE_QUANTIZERS = ("rows", "columns", "both", "blocks", "weight")
+RAGGED_QUANTIZERS = ("ragged_columns", "ragged_both")
+QUANTIZER_RESULTS = {
+    "rows": ("data", "scale"),
+    "columns": ("data", "scale"),
+    "both": ("row_data", "row_scale", "column_data", "column_scale"),
+    "blocks": ("data", "scale"),
+    "weight": ("data_nn", "scale", "data_nt"),
+    "ragged_columns": ("data", "scale"),
+    "ragged_both": ("row_data", "row_scale", "column_data", "column_scale"),
+}
+
+
+def matrices(seed, shape, dtype):
+    """Values over many orders of magnitude, among them zeros of both signs and subnormals."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal(shape) * np.exp(2 * rng.standard_normal(shape))
+    kind = rng.integers(0, 12, shape)
+    x = np.select([kind == 0, kind == 1, kind == 2], [-0.0, -1e-39, 2e-7], x)
+    return x.astype(np.float32).astype(dtype)
+
+
+def quantizer_shape(kind, g, m, k):
+    return (g * m, k) if kind == "rows" else (g, m, k)
+
+
+def _quantizer_results(kind, shape, dtype, groups):
+    """(dtype, shape) of the custom call's results, by name."""
+    *lead, m, k = shape
+    mb, kb = oracle_quantize.cdiv(m, 128), oracle_quantize.cdiv(k, 128)
+    rows = [(dtype, (*lead, m, k)), (F32, (*lead, m, kb))]
+    columns = [(dtype, (*lead, k, m)), (F32, (*lead, k, mb))]
+    blocks = [(dtype, (*lead, m, k)), (F32, (*lead, mb, kb))]
+    t = oracle_quantize.padded_tokens(m, groups)
+    ragged = [(dtype, (k, t)), (F32, (k, t // 128))]
+    types = {
+        "rows": rows,
+        "columns": columns,
+        "both": rows + columns,
+        "blocks": blocks,
+        "weight": [*blocks, (dtype, (*lead, k, m))],
+        "ragged_columns": ragged,
+        "ragged_both": rows + ragged,
+    }[kind]
+    return dict(zip(QUANTIZER_RESULTS[kind], types, strict=True))
+
+
+def quantizer_call(kind, x, dtype, *, pow2=False, group_sizes=None, sms=2):
+    """The plan of a quantization, its operands and its results."""
+    operands = {"w" if kind == "weight" else "x": x}
+    if group_sizes is not None:
+        operands["group_sizes"] = np.array(group_sizes, np.int32)
+    results = _quantizer_results(kind, x.shape, dtype, len(group_sizes or ()))
+    planned = plan(f"quantize_{kind}", operands, results, pow2=pow2, device_sms=sms)
+    return planned, operands, results
+
+
+# ---- Gated activations
+
+DENSE_ACTIVATIONS = ("rows", "both", "grad_both")
+RAGGED_ACTIVATIONS = ("ragged_both", "ragged_grad_both")
+ACTIVATIONS = ("silu", "gelu")
+
+
+def ordinary(seed, shape, dtype):
+    x = np.random.default_rng(seed).standard_normal(shape) * 3
+    x[..., -3:] *= 12  # where the exponential is very large or very small
+    return x.astype(dtype)
+
+
+def activation_shape(kind, g, m, a, f):
+    return (
+        (m, a, f)
+        if kind in RAGGED_ACTIVATIONS
+        else (g * m, a, f)
+        if kind == "rows"
+        else (g, m, a, f)
+    )
+
+
+def _activation_results(kind, shape, dtype, groups):
+    """(dtype, shape) of the custom call's results, by name, for x of `shape`."""
+    names = ("row_data", "row_scale", "column_data", "column_scale")
+    if kind == "rows":
+        names = ("data", "scale")
+    shapes = oracle_activation.result_shapes(kind, shape, groups)
+    return {
+        name: (F32 if "scale" in name else dtype, s) for name, s in zip(names, shapes, strict=True)
+    }
+
+
+def activation_call(kind, x, dy, dtype, *, activation="silu", pow2=False, group_sizes=None, sms=2):
+    """The plan of an activation, its operands and its results."""
+    inputs = {"x": x}
+    if dy is not None:
+        inputs["dy"] = dy
+    if group_sizes is not None:
+        inputs["group_sizes"] = np.array(group_sizes, np.int32)
+    results = _activation_results(kind, x.shape, dtype, len(group_sizes or ()))
+    planned = plan(
+        f"activation_{kind}",
+        inputs,
+        results,
+        pow2=pow2,
+        activation=ACTIVATIONS.index(activation),
+        device_sms=sms,
+    )
+    return planned, inputs, results
+
+
+def activation_operands(kind, shape, seed, source, generate=oracle_activation.saturated):
+    """x (G, M, A, F), or (M, A, F) of the kinds without a batch, and dy of a gradient."""
+    x = generate(seed, shape, source)
+    dy = (
+        oracle_activation.cotangents(seed, (*shape[:-2], shape[-1]), source)
+        if "grad" in kind
+        else None
+    )
+    return x, dy

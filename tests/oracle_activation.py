@@ -134,3 +134,22 @@ def outputs(kind, y, *, dtype=oq.E4M3, pow2=False, group_sizes=None):
         flat = y.reshape(*y.shape[:2], -1)
         columns, column_scale = oq.quantize_columns(flat, dtype, pow2)
     return [*results, columns, oq.m_major(column_scale)]
+
+
+def steps(data):
+    """FP8 bytes as integers in the order of their values."""
+    codes = data.view(np.uint8).astype(np.int32)
+    return np.where(codes & 0x80, -(codes & 0x7F), codes)
+
+
+def assert_within_a_step(got, want, bound):
+    """Scales within the activation's error, data one FP8 step from the oracle's at most, and few of those."""
+    for i in range(0, len(want), 2):
+        data, scale = steps(got[i].reshape(-1)), got[i + 1].reshape(-1)
+        want_data, want_scale = steps(want[i].reshape(-1)), want[i + 1].reshape(-1)
+        # The oracle's scales of the bound are those of the error of a block's largest value.
+        slack = bound[i + 1].reshape(-1) * 1.01 + want_scale * 2.0**-22
+        assert (np.abs(scale - want_scale) <= slack).all()
+        difference = np.abs(data - want_data)
+        assert difference.max() <= 1
+        assert np.count_nonzero(difference) <= 2 + data.size // 100

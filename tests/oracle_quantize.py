@@ -112,3 +112,21 @@ def dequantize(data, scale, block=(1, BLOCK)):
 def m_major(scale):
     """A row scale (..., M, KB) as it lies in memory: (KB, all leading axes and M folded)."""
     return np.ascontiguousarray(np.moveaxis(scale, -1, 0).reshape(scale.shape[-1], -1))
+
+
+def outputs(kind, x, *, dtype=E4M3, pow2=False, group_sizes=None):
+    """What a custom call must give, in the order of its results, as it lies in memory."""
+    if kind in ("blocks", "weight"):
+        results = quantize_weight(x, dtype, pow2)
+        return list(results if kind == "weight" else results[:2])
+    results = []
+    if kind in ("rows", "both", "ragged_both"):
+        data, scale = quantize_blocks(x, (1, BLOCK), dtype, pow2)
+        results += [data, m_major(scale)]
+    if kind in ("columns", "both"):
+        data, scale = quantize_columns(x, dtype, pow2)
+        results += [data, m_major(scale)]
+    if group_sizes is not None:
+        data, scale = ragged_columns(x, group_sizes, dtype, pow2)
+        results += [data, m_major(scale)]
+    return results

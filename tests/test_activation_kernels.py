@@ -17,54 +17,24 @@ from jaxfp8 import _ffi
 from tests import kernel_launch
 from tests import oracle_activation as oracle
 from tests import oracle_quantize as oq
-from tests.kernel_launch import BF16, F16, F32, NAMES
+from tests.kernel_launch import (
+    ACTIVATIONS,
+    BF16,
+    DENSE_ACTIVATIONS,
+    F16,
+    F32,
+    NAMES,
+    RAGGED_ACTIVATIONS,
+    activation_call,
+    activation_operands,
+    activation_shape,
+    ordinary,
+)
 
 pytestmark = [
     pytest.mark.emulated,
     pytest.mark.skipif(not _ffi.images(), reason="this build of jaxfp8 holds no kernels"),
 ]
-
-DENSE = ("rows", "both", "grad_both")
-RAGGED = ("ragged_both", "ragged_grad_both")
-KINDS = DENSE + RAGGED
-ACTIVATIONS = ("silu", "gelu")
-
-
-def result_types(kind, shape, dtype, groups):
-    """(dtype, shape) of the custom call's results, by name, for x of `shape`."""
-    names = ("row_data", "row_scale", "column_data", "column_scale")
-    if kind == "rows":
-        names = ("data", "scale")
-    shapes = oracle.result_shapes(kind, shape, groups)
-    return {
-        name: (F32 if "scale" in name else dtype, s) for name, s in zip(names, shapes, strict=True)
-    }
-
-
-def call(kind, x, dy, dtype, *, activation="silu", pow2=False, group_sizes=None, sms=2):
-    """The plan of an activation, its operands and its results."""
-    inputs = {"x": x}
-    if dy is not None:
-        inputs["dy"] = dy
-    if group_sizes is not None:
-        inputs["group_sizes"] = np.array(group_sizes, np.int32)
-    results = result_types(kind, x.shape, dtype, len(group_sizes or ()))
-    plan = kernel_launch.plan(
-        f"activation_{kind}",
-        inputs,
-        results,
-        pow2=pow2,
-        activation=ACTIVATIONS.index(activation),
-        device_sms=sms,
-    )
-    return plan, inputs, results
-
-
-def operands(kind, shape, seed, source, generate=oracle.saturated):
-    """x (G, M, A, F), or (M, A, F) of the kinds without a batch, and dy of a gradient."""
-    x = generate(seed, shape, source)
-    dy = oracle.cotangents(seed, (*shape[:-2], shape[-1]), source) if "grad" in kind else None
-    return x, dy
 
 
 def assert_exact(
@@ -81,23 +51,17 @@ def assert_exact(
     seed=0,
 ):
     """Executes one call on saturated operands and compares every output with the oracle's, byte for byte."""
-    planned = call(
+    planned = activation_call(
         kind, x, dy, dtype, activation=activation, pow2=pow2, group_sizes=group_sizes, sms=sms
     )
     outputs, report = kernel_launch.execute(*planned, offsets=offsets, seed=seed)
     y = oracle.activate(x, activation) if dy is None else oracle.gradient(x, dy, activation)
     want = oracle.outputs(kind, y, dtype=dtype, pow2=pow2, group_sizes=group_sizes)
-    for i, (got, array) in enumerate(zip(outputs, want, strict=True)):
-        got, array = (v.reshape(-1).view(np.uint8) for v in (got, array))
-        wrong = np.flatnonzero(got != array)
-        assert not wrong.size, f"output {i}: {wrong.size} of {got.size} bytes, first {wrong[0]}"
+    kernel_launch.assert_same_bytes(outputs, want)
     return report
 
 
-def shape_for(kind, g, m, a, f):
-    return (m, a, f) if kind in RAGGED else (g * m, a, f) if kind == "rows" else (g, m, a, f)
-
-
+KINDS = DENSE_ACTIVATIONS + RAGGED_ACTIVATIONS
 FORMATS = list(itertools.product((BF16, F16, F32), (oq.E4M3, oq.E5M2)))
 
 
@@ -118,7 +82,7 @@ def by_turns(kinds, cases):
 @pytest.mark.parametrize("kind, types, halves", by_turns(KINDS, FORMATS))
 def test_every_format_equals_the_oracle(kind, types, halves):
     source, target = types
-    x, dy = operands(kind, shape_for(kind, 1, 20, halves, 40), 1, source)
+    x, dy = activation_operands(kind, activation_shape(kind, 1, 20, halves, 40), 1, source)
     i = FORMATS.index(types) + halves
     assert_exact(
         kind,
@@ -127,35 +91,40 @@ def test_every_format_equals_the_oracle(kind, types, halves):
         target,
         pow2=bool(i % 2),
         activation=ACTIVATIONS[i // 2 % 2],
-        group_sizes=[9, 8] if kind in RAGGED else None,
+        group_sizes=[9, 8] if kind in RAGGED_ACTIVATIONS else None,
     )
 
 
 SHAPES = [(1, 1, 1), (3, 1, 5), (1, 128, 128), (1, 129, 8), (2, 7, 130), (1, 130, 257)]
 
 
-@pytest.mark.parametrize("kind, shape, halves", by_turns(DENSE, SHAPES))
+@pytest.mark.parametrize("kind, shape, halves", by_turns(DENSE_ACTIVATIONS, SHAPES))
 def test_every_shape_equals_the_oracle(kind, shape, halves):
     g, m, f = shape
     source = F32 if m % 2 and halves == 1 else BF16
-    x, dy = operands(kind, shape_for(kind, g, m, halves, f), 2, source)
+    x, dy = activation_operands(kind, activation_shape(kind, g, m, halves, f), 2, source)
     assert_exact(kind, x, dy, oq.E4M3, activation=ACTIVATIONS[(m + halves) % 2])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("source", [BF16, F32], ids=NAMES.get)
 def test_buffers_aligned_to_their_elements_only(kind, source):
-    x, dy = operands(kind, shape_for(kind, 1, 20, 2, 24), 3, source)
+    x, dy = activation_operands(kind, activation_shape(kind, 1, 20, 2, 24), 3, source)
     offsets = {"x": source.itemsize, "dy": source.itemsize, "group_sizes": 4}
     offsets |= {name: 3 for name in ("data", "row_data", "column_data")}
     offsets |= {name: 4 for name in ("scale", "row_scale", "column_scale")}
     assert_exact(
-        kind, x, dy, oq.E4M3, group_sizes=[15] if kind in RAGGED else None, offsets=offsets
+        kind,
+        x,
+        dy,
+        oq.E4M3,
+        group_sizes=[15] if kind in RAGGED_ACTIVATIONS else None,
+        offsets=offsets,
     )
 
 
 def test_rows_of_a_small_matrix_spread_over_the_multiprocessors():
-    x, _ = operands("rows", (64, 2, 512), 4, BF16)
+    x, _ = activation_operands("rows", (64, 2, 512), 4, BF16)
     for sms in (1, 132):
         assert_exact("rows", x, None, oq.E4M3, sms=sms)
 
@@ -172,17 +141,17 @@ GROUPS = {
 }
 
 
-@pytest.mark.parametrize("kind", RAGGED)
+@pytest.mark.parametrize("kind", RAGGED_ACTIVATIONS)
 @pytest.mark.parametrize("groups", GROUPS)
 def test_ragged_groups_equal_the_oracle(kind, groups):
     group_sizes, rows = GROUPS[groups]
-    x, dy = operands(kind, (rows, 1 + len(group_sizes) % 2, 16), 5, BF16)
+    x, dy = activation_operands(kind, (rows, 1 + len(group_sizes) % 2, 16), 5, BF16)
     assert_exact(kind, x, dy, oq.E4M3, group_sizes=group_sizes)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nan_and_inf_stay_visible_in_their_block_only(kind):
-    x, dy = operands(kind, shape_for(kind, 1, 40, 2, 136), 6, BF16)
+    x, dy = activation_operands(kind, activation_shape(kind, 1, 40, 2, 136), 6, BF16)
     flat = x.reshape(40, 2, 136)
     flat[3, 0, 5], flat[17, 1, 130], flat[30, 0, 20], flat[33, 0, 7] = (
         np.nan,
@@ -194,7 +163,7 @@ def test_nan_and_inf_stay_visible_in_their_block_only(kind):
         dy.reshape(40, 136)[8, 9] = np.nan
     y = oracle.activate(x, "silu") if dy is None else oracle.gradient(x, dy, "silu")
     assert np.count_nonzero(~np.isfinite(y)) >= 4
-    assert_exact(kind, x, dy, oq.E4M3, group_sizes=[20, 15] if kind in RAGGED else None)
+    assert_exact(kind, x, dy, oq.E4M3, group_sizes=[20, 15] if kind in RAGGED_ACTIVATIONS else None)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -205,40 +174,24 @@ def test_no_finite_pre_activation_becomes_nan(kind, activation):
     x = np.stack([gate, np.ones_like(gate)])[None]
     dy = np.ones((1, 1, gate.size), np.float32) if kind == "grad_both" else None
     x = x[None] if kind == "grad_both" else x
-    outputs, _ = kernel_launch.execute(*call(kind, x, dy, oq.E5M2, activation=activation))
+    outputs, _ = kernel_launch.execute(
+        *activation_call(kind, x, dy, oq.E5M2, activation=activation)
+    )
     assert np.isfinite(outputs[1]).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_schedules_do_not_matter(kind):
-    x, dy = operands(kind, shape_for(kind, 1, 130, 2, 40), 7, BF16)
+    x, dy = activation_operands(kind, activation_shape(kind, 1, 130, 2, 40), 7, BF16)
     for seed in (1, 2, 3):
-        assert_exact(kind, x, dy, oq.E4M3, group_sizes=[129] if kind in RAGGED else None, seed=seed)
-
-
-def steps(data):
-    """FP8 bytes as integers in the order of their values."""
-    codes = data.view(np.uint8).astype(np.int32)
-    return np.where(codes & 0x80, -(codes & 0x7F), codes)
-
-
-def ordinary(seed, shape, dtype):
-    x = np.random.default_rng(seed).standard_normal(shape) * 3
-    x[..., -3:] *= 12  # where the exponential is very large or very small
-    return x.astype(dtype)
-
-
-def assert_within_a_step(got, want, bound):
-    """Scales within the activation's error, data one FP8 step from the oracle's at most, and few of those."""
-    for i in range(0, len(want), 2):
-        data, scale = steps(got[i].reshape(-1)), got[i + 1].reshape(-1)
-        want_data, want_scale = steps(want[i].reshape(-1)), want[i + 1].reshape(-1)
-        # The oracle's scales of the bound are those of the error of a block's largest value.
-        slack = bound[i + 1].reshape(-1) * 1.01 + want_scale * 2.0**-22
-        assert (np.abs(scale - want_scale) <= slack).all()
-        difference = np.abs(data - want_data)
-        assert difference.max() <= 1
-        assert np.count_nonzero(difference) <= 2 + data.size // 100
+        assert_exact(
+            kind,
+            x,
+            dy,
+            oq.E4M3,
+            group_sizes=[129] if kind in RAGGED_ACTIVATIONS else None,
+            seed=seed,
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -246,17 +199,19 @@ def assert_within_a_step(got, want, bound):
 @pytest.mark.parametrize("halves", [1, 2])
 def test_an_activation_is_within_its_bound(kind, activation, halves):
     source = (BF16, F32)[halves % 2]
-    x, dy = operands(kind, shape_for(kind, 1, 70, halves, 136), 8, source, ordinary)
-    group_sizes = [30, 40] if kind in RAGGED else None
+    x, dy = activation_operands(
+        kind, activation_shape(kind, 1, 70, halves, 136), 8, source, ordinary
+    )
+    group_sizes = [30, 40] if kind in RAGGED_ACTIVATIONS else None
     outputs, _ = kernel_launch.execute(
-        *call(kind, x, dy, oq.E4M3, activation=activation, group_sizes=group_sizes)
+        *activation_call(kind, x, dy, oq.E4M3, activation=activation, group_sizes=group_sizes)
     )
     y = oracle.activate(x, activation) if dy is None else oracle.gradient(x, dy, activation)
     error = oracle.error_bounds(x, dy, activation)
     assert np.isfinite(error).all()
     want = oracle.outputs(kind, y, group_sizes=group_sizes)
     bound = oracle.outputs(kind, error, group_sizes=group_sizes)
-    assert_within_a_step(outputs, want, bound)
+    oracle.assert_within_a_step(outputs, want, bound)
 
 
 def test_no_kernel_spills():
@@ -271,7 +226,7 @@ def test_no_kernel_spills():
 def test_more_blocks_than_a_grid_holds_are_refused():
     shape = (1, 2**30, 2, 2**30)
     with pytest.raises(ValueError, match=r"x has more blocks than a grid holds, 2\^31 - 1"):
-        call("both", SimpleNamespace(dtype=BF16, shape=shape), None, oq.E4M3)
+        activation_call("both", SimpleNamespace(dtype=BF16, shape=shape), None, oq.E4M3)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,7 +13,18 @@ from benchmarks import kernel_bytes
 from jaxfp8 import _ffi
 from tests import kernel_launch
 from tests import oracle_quantize as oracle
-from tests.kernel_launch import BF16, F16, F32, NAMES
+from tests.kernel_launch import (
+    BF16,
+    DENSE_QUANTIZERS,
+    F16,
+    F32,
+    NAMES,
+    QUANTIZER_RESULTS,
+    RAGGED_QUANTIZERS,
+    matrices,
+    quantizer_call,
+    quantizer_shape,
+)
 
 pytestmark = [
     pytest.mark.emulated,
@@ -21,104 +32,26 @@ pytestmark = [
 ]
 
 FORMATS = [(i, o) for i in (BF16, F16, F32) for o in (oracle.E4M3, oracle.E5M2)]
-DENSE = ("rows", "columns", "both", "blocks", "weight")
-RAGGED = ("ragged_columns", "ragged_both")
-
-
-def matrices(seed, shape, dtype):
-    """Values over many orders of magnitude, among them zeros of both signs and subnormals."""
-    rng = np.random.default_rng(seed)
-    x = rng.standard_normal(shape) * np.exp(2 * rng.standard_normal(shape))
-    kind = rng.integers(0, 12, shape)
-    x = np.select([kind == 0, kind == 1, kind == 2], [-0.0, -1e-39, 2e-7], x)
-    return x.astype(np.float32).astype(dtype)
-
-
-def expected(kind, x, dtype, pow2, group_sizes=None):
-    """The oracle's outputs, in the order of the custom call's results, as they lie in memory."""
-    if kind in ("blocks", "weight"):
-        outputs = oracle.quantize_weight(x, dtype, pow2)
-        return list(outputs if kind == "weight" else outputs[:2])
-    outputs = []
-    if kind in ("rows", "both", "ragged_both"):
-        data, scale = oracle.quantize_blocks(x, (1, 128), dtype, pow2)
-        outputs += [data, oracle.m_major(scale)]
-    if kind in ("columns", "both"):
-        data, scale = oracle.quantize_columns(x, dtype, pow2)
-        outputs += [data, oracle.m_major(scale)]
-    if group_sizes is not None:
-        data, scale = oracle.ragged_columns(x, group_sizes, dtype, pow2)
-        outputs += [data, oracle.m_major(scale)]
-    return outputs
-
-
-NAMES_OF_RESULTS = {
-    "rows": ("data", "scale"),
-    "columns": ("data", "scale"),
-    "both": ("row_data", "row_scale", "column_data", "column_scale"),
-    "blocks": ("data", "scale"),
-    "weight": ("data_nn", "scale", "data_nt"),
-    "ragged_columns": ("data", "scale"),
-    "ragged_both": ("row_data", "row_scale", "column_data", "column_scale"),
-}
-
-
-def result_types(kind, shape, dtype, groups):
-    """(dtype, shape) of the custom call's results, by name."""
-    *lead, m, k = shape
-    mb, kb = oracle.cdiv(m, 128), oracle.cdiv(k, 128)
-    rows = [(dtype, (*lead, m, k)), (F32, (*lead, m, kb))]
-    columns = [(dtype, (*lead, k, m)), (F32, (*lead, k, mb))]
-    blocks = [(dtype, (*lead, m, k)), (F32, (*lead, mb, kb))]
-    t = oracle.padded_tokens(m, groups)
-    ragged = [(dtype, (k, t)), (F32, (k, t // 128))]
-    types = {
-        "rows": rows,
-        "columns": columns,
-        "both": rows + columns,
-        "blocks": blocks,
-        "weight": [*blocks, (dtype, (*lead, k, m))],
-        "ragged_columns": ragged,
-        "ragged_both": rows + ragged,
-    }[kind]
-    return dict(zip(NAMES_OF_RESULTS[kind], types, strict=True))
-
-
-def call(kind, x, dtype, *, pow2=False, group_sizes=None, sms=2):
-    """The plan of a quantization, its operands and its results."""
-    operands = {"w" if kind == "weight" else "x": x}
-    if group_sizes is not None:
-        operands["group_sizes"] = np.array(group_sizes, np.int32)
-    results = result_types(kind, x.shape, dtype, len(group_sizes or ()))
-    plan = kernel_launch.plan(f"quantize_{kind}", operands, results, pow2=pow2, device_sms=sms)
-    return plan, operands, results
 
 
 def assert_exact(kind, x, dtype, *, pow2=False, group_sizes=None, sms=2, offsets=None, seed=0):
     """Runs one quantization and compares every output with the oracle's, byte for byte."""
-    planned = call(kind, x, dtype, pow2=pow2, group_sizes=group_sizes, sms=sms)
+    planned = quantizer_call(kind, x, dtype, pow2=pow2, group_sizes=group_sizes, sms=sms)
     outputs, report = kernel_launch.execute(*planned, offsets=offsets, seed=seed)
-    want = expected(kind, x, dtype, pow2, group_sizes)
-    for i, (got, array) in enumerate(zip(outputs, want, strict=True)):
-        got, array = (v.reshape(-1).view(np.uint8) for v in (got, array))
-        wrong = np.flatnonzero(got != array)
-        assert not wrong.size, f"output {i}: {wrong.size} of {got.size} bytes, first {wrong[0]}"
+    want = oracle.outputs(kind, x, dtype=dtype, pow2=pow2, group_sizes=group_sizes)
+    kernel_launch.assert_same_bytes(outputs, want)
     return report
 
 
-def shape_for(kind, g, m, k):
-    return (g * m, k) if kind == "rows" else (g, m, k)
-
-
-@pytest.mark.parametrize("kind", DENSE)
+@pytest.mark.parametrize("kind", DENSE_QUANTIZERS)
 @pytest.mark.parametrize("pow2", [False, True], ids=["float32", "pow2"])
 @pytest.mark.parametrize(("source", "target"), FORMATS, ids=lambda d: NAMES[d])
 def test_every_format_equals_the_oracle(kind, source, target, pow2):
-    x = matrices(1, shape_for(kind, 1, 40, 72), source)
+    x = matrices(1, quantizer_shape(kind, 1, 40, 72), source)
     assert_exact(kind, x, target, pow2=pow2)
 
 
-@pytest.mark.parametrize("kind", DENSE)
+@pytest.mark.parametrize("kind", DENSE_QUANTIZERS)
 @pytest.mark.parametrize(
     "shape",
     [(1, 1, 1), (3, 1, 5), (1, 128, 128), (1, 129, 8), (2, 7, 130), (1, 130, 257), (1, 16, 264)],
@@ -126,17 +59,17 @@ def test_every_format_equals_the_oracle(kind, source, target, pow2):
 )
 def test_every_shape_equals_the_oracle(kind, shape):
     source = F32 if kind in ("rows", "weight") and shape[1] % 2 else BF16
-    assert_exact(kind, matrices(2, shape_for(kind, *shape), source), oracle.E4M3)
+    assert_exact(kind, matrices(2, quantizer_shape(kind, *shape), source), oracle.E4M3)
 
 
-@pytest.mark.parametrize("kind", DENSE + RAGGED)
+@pytest.mark.parametrize("kind", DENSE_QUANTIZERS + RAGGED_QUANTIZERS)
 @pytest.mark.parametrize("source", [BF16, F32], ids=NAMES.get)
 def test_buffers_aligned_to_their_elements_only(kind, source):
     offsets = {"x": source.itemsize, "w": source.itemsize, "group_sizes": 4}
-    offsets |= {name: 3 if "data" in name else 4 for name in NAMES_OF_RESULTS[kind]}
+    offsets |= {name: 3 if "data" in name else 4 for name in QUANTIZER_RESULTS[kind]}
     x = matrices(3, (20, 24), source)
-    x = x if kind == "rows" or kind in RAGGED else x[None]
-    group_sizes = [15] if kind in RAGGED else None
+    x = x if kind == "rows" or kind in RAGGED_QUANTIZERS else x[None]
+    group_sizes = [15] if kind in RAGGED_QUANTIZERS else None
     assert_exact(kind, x, oracle.E4M3, group_sizes=group_sizes, offsets=offsets)
 
 
@@ -159,7 +92,7 @@ GROUPS = {
 }
 
 
-@pytest.mark.parametrize("kind", RAGGED)
+@pytest.mark.parametrize("kind", RAGGED_QUANTIZERS)
 @pytest.mark.parametrize("groups", GROUPS)
 def test_ragged_groups_equal_the_oracle(kind, groups):
     group_sizes, rows = GROUPS[groups]
@@ -167,19 +100,19 @@ def test_ragged_groups_equal_the_oracle(kind, groups):
     assert_exact(kind, x, oracle.E4M3, group_sizes=group_sizes)
 
 
-@pytest.mark.parametrize("kind", RAGGED)
+@pytest.mark.parametrize("kind", RAGGED_QUANTIZERS)
 @pytest.mark.parametrize(("source", "target"), FORMATS, ids=lambda d: NAMES[d])
 def test_ragged_formats_equal_the_oracle(kind, source, target):
     x = matrices(6, (20, 130), source)
     assert_exact(kind, x, target, pow2=True, group_sizes=[9, 8])
 
 
-@pytest.mark.parametrize("kind", DENSE + RAGGED)
+@pytest.mark.parametrize("kind", DENSE_QUANTIZERS + RAGGED_QUANTIZERS)
 @pytest.mark.parametrize("source", [BF16, F16, F32], ids=NAMES.get)
 def test_nan_and_inf_stay_visible_in_their_block_only(kind, source):
     x = matrices(7, (40, 136), source)
     x[3, 5], x[17, 130], x[30, 20] = np.nan, np.inf, -np.inf
-    ragged = kind in RAGGED
+    ragged = kind in RAGGED_QUANTIZERS
     x = x if ragged or kind == "rows" else x[None]
     assert_exact(kind, x, oracle.E4M3, group_sizes=[20, 15] if ragged else None)
 
@@ -205,16 +138,16 @@ def test_every_bfloat16_quantizes_like_the_oracle():
     assert_exact("rows", bits.view(BF16).reshape(64, 1024), oracle.E4M3)
 
 
-@pytest.mark.parametrize("kind", DENSE + RAGGED)
+@pytest.mark.parametrize("kind", DENSE_QUANTIZERS + RAGGED_QUANTIZERS)
 def test_schedules_do_not_matter(kind):
-    ragged = kind in RAGGED
+    ragged = kind in RAGGED_QUANTIZERS
     x = matrices(9, (130, 40), BF16)
     x = x if ragged or kind == "rows" else x[None]
     for seed in (1, 2, 3):
         assert_exact(kind, x, oracle.E4M3, group_sizes=[129] if ragged else None, seed=seed)
 
 
-@pytest.mark.parametrize("kind", DENSE + RAGGED)
+@pytest.mark.parametrize("kind", DENSE_QUANTIZERS + RAGGED_QUANTIZERS)
 @pytest.mark.parametrize("source", [BF16, F32], ids=NAMES.get)
 def test_every_byte_moves_once(kind, source):
     kernel_bytes.assert_least(kernel_bytes.quantizer(kind, source))
@@ -231,6 +164,6 @@ def test_no_kernel_spills():
 
 @pytest.mark.parametrize("kind", ["rows", "columns"])
 def test_more_blocks_than_a_grid_holds_are_refused(kind):
-    shape = shape_for(kind, 1, 2**30, 2**30)
+    shape = quantizer_shape(kind, 1, 2**30, 2**30)
     with pytest.raises(ValueError, match=r"more blocks than a grid holds, 2\^31 - 1"):
-        call(kind, SimpleNamespace(dtype=BF16, shape=shape), oracle.E4M3)
+        quantizer_call(kind, SimpleNamespace(dtype=BF16, shape=shape), oracle.E4M3)

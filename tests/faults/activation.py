@@ -1,4 +1,4 @@
-"""Faults to plant in the PTX of the activation kernels: see tests/mutations.py.
+"""Faults to plant in the activation kernels.
 
 The kernels are unrolled, so that one line of source is many instructions: an edit changes each of
 them, as a fault in the source would.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 
-from tests.mutations import INFINITY, SMALLEST_NORMAL, WRONG_RESULT, NoMatch, Ptx, planted
+from tests.faults.ptx import WRONG_RESULT, NoMatch, Ptx, planted
+from tests.faults.quantize import INFINITY, SMALLEST_NORMAL
 
 NUMBER = r"%f\d+"
 LOADS = r"\bld\.global\.nc\.v4\.u32\b"

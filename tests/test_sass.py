@@ -1,12 +1,13 @@
-"""The machine code of every GEMM kernel keeps the bounds of benchmarks/gemm_sass.py."""
+"""The machine code of every GEMM kernel keeps the bounds of tools/gemm_sass.py."""
 
 import functools
 
 import pytest
 
-from benchmarks import gemm_sass, sass_audit
 from jaxfp8 import _ffi
 from tests.emulator import module
+from tools import gemm_sass
+from tools.sass.disassembly import AuditError
 
 IMAGES = [image for image in _ffi.images() if image.startswith("gemm_")]
 
@@ -18,7 +19,7 @@ def reports(image):
     """Of an image's kernels, disassembled once."""
     try:
         return gemm_sass.audit(_ffi.image_directory() / f"{image}.cubin", liveness=False)
-    except sass_audit.AuditError as error:
+    except AuditError as error:
         pytest.skip(str(error))
 
 

@@ -1,6 +1,6 @@
-"""Audits every GEMM kernel's machine code: python -m benchmarks.gemm_sass [FOLDER] > benchmarks/gemm_sass.md
+"""Audits every GEMM kernel's machine code: python -m tools.gemm_sass [FOLDER] > benchmarks/gemm_sass.md
 
-FOLDER holds the cubins; without it, those of the installed jaxfp8. Columns: benchmarks/sass_audit.py.
+FOLDER holds the cubins; without it, those of the installed jaxfp8. Columns: tools/sass.
 Exits with 1 if a kernel breaks a row of REQUIRED: static figures of other kernels of the same tile, and what two
 accumulator sets should reach. They do not rank speed: 1d2d m128n128 exposes fewer slots than m256n128, which was
 measured 3 to 13 % faster at large K.
@@ -13,7 +13,8 @@ import re
 import sys
 from pathlib import Path
 
-from . import sass_audit
+from tools.sass.model import KernelReport, audit_file
+from tools.sass.report import check
 
 EVERY = (
     "spills.k_loop==0",
@@ -49,19 +50,19 @@ def rows_of(name: str) -> list[str]:
     return rows
 
 
-def audit(cubin: Path, liveness: bool = True) -> list[sass_audit.KernelReport]:
-    return sass_audit.audit_file(cubin, tools_dir=find_tools(), liveness=liveness)
+def audit(cubin: Path, liveness: bool = True) -> list[KernelReport]:
+    return audit_file(cubin, tools_dir=find_tools(), liveness=liveness)
 
 
 def failures(reports) -> list[str]:
-    return [line for r in reports for line in sass_audit.check([r], rows_of(r.name))]
+    return [line for r in reports for line in check([r], rows_of(r.name))]
 
 
 def table(reports) -> str:
     """A row for each kernel of E4M3 operands; E5M2 changes no instruction's number."""
     lines = [
-        "Machine code per 128 of the contraction and warp: `python -m benchmarks.gemm_sass`.",
-        "Columns: benchmarks/sass_audit.py. Static figures; nothing here was run.",
+        "Machine code per 128 of the contraction and warp: `python -m tools.gemm_sass`.",
+        "Columns: tools/sass. Static figures; nothing here was run.",
         "",
         "| kernel | live registers | spills | instructions | promotion | excess | overhead | exposed "
         "| slack | serial |",

@@ -1,0 +1,5 @@
+import sys
+
+from tools.sass.report import main
+
+sys.exit(main())

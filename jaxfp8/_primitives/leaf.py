@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import jax
+from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import AbstractMesh
@@ -73,6 +74,16 @@ class Leaf:
     def _lower_cuda(self, ctx, *operands, **params):
         _ffi.require_cuda_kernels(self.primitive.name)
         return self.lower_custom_call(ctx, *operands, **params)
+
+
+def once(y):
+    """A result of a custom call that is both used and kept, as values: XLA then runs the call once.
+
+    In a scan, XLA's dynamic-slice fusion (jax 0.10 to 0.11) lets a call write straight into the stack of what is kept
+    for the backward pass, which is what one wants; but where the result has another use as well, it leaves a second
+    call for that one. Behind a barrier the result is copied to the stack, which costs its bytes and not its products.
+    """
+    return lax.optimization_barrier(y)
 
 
 def _lowering(function):

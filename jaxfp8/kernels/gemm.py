@@ -14,7 +14,7 @@ from .._arrays import checks
 from .._arrays.blocks import BLOCK
 from .._arrays.quantized_array import QuantizedArray
 from .._arrays.recipe import check_num_sms, current_recipe
-from .._primitives.leaf import Leaf
+from .._primitives.leaf import Leaf, once
 from .._primitives.operation import Call
 from .._primitives.partition import Kernel, arrange, restore
 from .._tools.tune import check_config, config_index, product_of_call
@@ -245,7 +245,7 @@ def gemm(
     accum, out_dtype = check_accum("gemm", accum, shape, out_dtype, jnp.bfloat16)
     num_sms = resolve_num_sms("gemm", num_sms)
     check_config("gemm", config, "gemm_1d2d" if rhs.block == SQUARE else "gemm_1d1d")
-    return product(
+    y = product(
         name_dims(lhs, left),
         name_dims(rhs, right),
         out,
@@ -254,6 +254,7 @@ def gemm(
         config=config,
         accum=accum,
     )
+    return y if accum is not None else once(y)
 
 
 def wgrad_gemm(

@@ -11,6 +11,7 @@ from jax import lax
 from .._arrays import checks
 from .._arrays.blocks import BLOCK, ceil_blocks, group_bounds, padded_starts
 from .._arrays.quantized_array import QuantizedArray
+from .._primitives.leaf import once
 from .._primitives.mesh import match_varying
 from .._primitives.operation import Call
 from .._primitives.partition import Kernel
@@ -203,7 +204,7 @@ def grouped_gemm(
     check_config("grouped_gemm", config, "grouped_gemm")
     left = Named(lhs, ("m", "k"), ("m", "k/"))
     right = Named(rhs, ("g", "n", "k"), ("g", "n/", "k/"))
-    return grouped_product(
+    y = grouped_product(
         grouped_kernel,
         left,
         right,
@@ -214,6 +215,7 @@ def grouped_gemm(
         num_sms=num_sms,
         config=config,
     )
+    return once(y)
 
 
 def masked_grouped_gemm(

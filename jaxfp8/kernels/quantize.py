@@ -19,7 +19,7 @@ from .._arrays import checks
 from .._arrays.blocks import BLOCK, ceil_blocks, group_bounds, padded_starts, padded_tokens
 from .._arrays.quantized_array import QuantizedArray
 from .._arrays.recipe import Recipe, current_recipe, fp8_dtype, scale_format_name
-from .._primitives.leaf import Leaf
+from .._primitives.leaf import Leaf, once
 from .._primitives.mesh import full_spec, is_explicit, to_spec
 from .._primitives.operation import Call
 from .._primitives.partition import Kernel, arrange
@@ -245,7 +245,7 @@ def _blocks_local(x, *, call):
 def _weight_local(w, *, call):
     *lead, k, n = w.shape
     nn, scale, nt = quantize_weight_leaf(_fold_batch(w), **dict(call.attributes))
-    scale = scale.reshape(*lead, ceil_blocks(k), ceil_blocks(n))
+    scale = once(scale).reshape(*lead, ceil_blocks(k), ceil_blocks(n))  # of both orientations
     return [nn.reshape(w.shape), scale, nt.reshape(*lead, n, k), jnp.swapaxes(scale, -1, -2)]
 
 

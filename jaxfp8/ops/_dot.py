@@ -18,6 +18,7 @@ from jax import lax
 
 from .._arrays import checks
 from .._arrays.recipe import Recipe
+from .._primitives.leaf import once
 from .._primitives.mesh import explicit_axes, full_spec, like_primal, place
 from .._primitives.operation import Call, Operation
 from ..kernels import quantize as qt
@@ -27,16 +28,15 @@ from ._residuals import load, save
 
 def _forward(x, weight, call: Call):
     recipe: Recipe = call.get("recipe")
-    return [
-        product(
-            x,
-            weight,
-            call.outs[0],
-            call.get("out_dtype"),
-            num_sms=recipe.num_sms,
-            wanted=call.wanted,
-        )
-    ]
+    y = product(
+        x,
+        weight,
+        call.outs[0],
+        call.get("out_dtype"),
+        num_sms=recipe.num_sms,
+        wanted=call.wanted,
+    )
+    return [once(y)]
 
 
 def quantized_weight(w, w_dims, quantized, fmt):

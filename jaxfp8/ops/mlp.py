@@ -23,6 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from .._arrays import checks
 from .._arrays.blocks import BLOCK
 from .._arrays.recipe import Recipe, current_recipe
+from .._primitives.leaf import once
 from .._primitives.mesh import explicit_axes, like_primal, place
 from .._primitives.operation import Call, Operation
 from .._primitives.partition import Kernel
@@ -141,12 +142,14 @@ def _down_tokens(call: Call):
 def _hidden(x_rows, up_nt, call: Call):
     num_sms = call.get("recipe").num_sms
     dims, dtype = _hidden_dims(call), call.get("hidden_dtype")
-    return product(x_rows, up_nt, dims, dtype, num_sms=num_sms, kernel=gated_gemm_kernel)
+    h = product(x_rows, up_nt, dims, dtype, num_sms=num_sms, kernel=gated_gemm_kernel)
+    return once(h)
 
 
 def _result(rows, down_nt, call: Call):
     num_sms, dtype = call.get("recipe").num_sms, call.get("out_dtype")
-    return [product(rows, down_nt, call.outs[0], dtype, num_sms=num_sms, wanted=call.wanted)]
+    y = product(rows, down_nt, call.outs[0], dtype, num_sms=num_sms, wanted=call.wanted)
+    return [once(y)]
 
 
 def _mlp_body(x, w_up, w_down, *quantized, call: Call):
@@ -248,7 +251,7 @@ def _ragged_product(kernel, lhs, rhs, sizes, call: Call, out, out_dtype):
 
 def _ragged_hidden(x_rows, up_nt, sizes, call: Call):
     dims, dtype = _hidden_dims_ragged(call), call.get("hidden_dtype")
-    return _ragged_product(gated_grouped_kernel, x_rows, up_nt, sizes, call, dims, dtype)
+    return once(_ragged_product(gated_grouped_kernel, x_rows, up_nt, sizes, call, dims, dtype))
 
 
 def _hidden_dims_ragged(call: Call):
@@ -260,7 +263,7 @@ def _hidden_dims_ragged(call: Call):
 
 def _ragged_result(rows, down_nt, sizes, call: Call):
     out, dtype = call.outs[0], call.get("out_dtype")
-    return [_ragged_product(grouped_kernel, rows, down_nt, sizes, call, out, dtype)]
+    return [once(_ragged_product(grouped_kernel, rows, down_nt, sizes, call, out, dtype))]
 
 
 def _ragged_body(x, w_up, w_down, sizes, *quantized, call: Call):

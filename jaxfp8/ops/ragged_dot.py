@@ -9,6 +9,7 @@ import jax
 
 from .._arrays import checks
 from .._arrays.recipe import Recipe, current_recipe
+from .._primitives.leaf import once
 from .._primitives.mesh import like_primal
 from .._primitives.operation import Call, Operation
 from ..kernels import quantize as qt
@@ -27,18 +28,17 @@ from .prequantize import parts
 
 def _forward(rows, weight, sizes, call: Call):
     recipe: Recipe = call.get("recipe")
-    return [
-        grouped_product(
-            grouped_kernel,
-            rows,
-            weight,
-            sizes,
-            call.ins[2],
-            call.outs[0],
-            call.get("out_dtype"),
-            num_sms=recipe.num_sms,
-        )
-    ]
+    y = grouped_product(
+        grouped_kernel,
+        rows,
+        weight,
+        sizes,
+        call.ins[2],
+        call.outs[0],
+        call.get("out_dtype"),
+        num_sms=recipe.num_sms,
+    )
+    return [once(y)]
 
 
 def _ragged_body(x, w, sizes, *quantized, call: Call):

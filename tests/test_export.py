@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import io
 import pickle
+import pickletools
 import re
 import subprocess
 import sys
@@ -195,6 +196,17 @@ def test_quantized_arrays_and_recipes_pickle(protocol):
     assert again == recipe and hash(again) == hash(recipe)
     assert copy.deepcopy(recipe) == recipe
     assert_quantized(copy.deepcopy(programs.quantized_array()))
+
+
+def test_pickles_name_public_modules():
+    """A pickle outlives where its class lies: it may name `jaxfp8`, and no file under it."""
+    weight = jaxfp8.prequantize(jnp.ones((128, 128)))
+    for value in (programs.quantized_array(), weight, jaxfp8.Recipe(grad_dtype=jnp.float8_e5m2)):
+        named = [
+            arg for _, arg, _ in pickletools.genops(pickle.dumps(value)) if isinstance(arg, str)
+        ]
+        ours = {name for name in named if name.startswith("jaxfp8")}
+        assert ours == {"jaxfp8"}, ours
 
 
 def test_a_quantized_array_passes_through_orbax(tmp_path):

@@ -25,6 +25,8 @@ class QuantizedArray:
     - `block`: `(1, 128)` or `(128, 128)`. Blocks at the edges may be short.
     """
 
+    __module__ = "jaxfp8"  # pickles name no private file
+
     data: Any
     scale: Any
     block: tuple[int, int] = dataclasses.field(default=(1, BLOCK), metadata={"static": True})

@@ -31,6 +31,8 @@ class QuantizedWeight:
     - `fp8_dtype`: the FP8 type of the bits.
     """
 
+    __module__ = "jaxfp8"  # pickles name no private file
+
     value: Any
     bits_nt: Any
     bits_nn: Any

@@ -1,7 +1,5 @@
 """How products are quantized, and the recipe in force."""
 
-from __future__ import annotations
-
 import dataclasses
 import threading
 from typing import Any, Literal, cast
@@ -58,6 +56,8 @@ class Recipe:
     **Raises:** TypeError or ValueError for anything else.
     """
 
+    __module__ = "jaxfp8"  # pickles name no private file
+
     dtype: Any = jnp.float8_e4m3fn
     grad_dtype: Any = jnp.float8_e4m3fn
     scale_format: ScaleFormat = "float32"
@@ -80,7 +80,7 @@ class Recipe:
         fields = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
         return f"Recipe({', '.join(f'{f.name}={text(getattr(self, f.name))}' for f in fields)})"
 
-    def __enter__(self) -> Recipe:
+    def __enter__(self) -> "Recipe":
         block = _in_force(self)
         block.__enter__()
         _blocks.stack.append(block)

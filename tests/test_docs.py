@@ -163,3 +163,4 @@ def test_the_essentials_run():
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "kept for the backward pass" in done.stdout
+    assert "not timed on cpu" in done.stdout  # an imitation has no time worth printing

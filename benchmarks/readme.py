@@ -19,13 +19,13 @@ BEGIN, END = "<!-- measured: python benchmarks/readme.py writes this -->", "<!--
 
 
 def newest(pattern):
-    """Contents of the newest matching result of each device, by device."""
+    """Contents of the newest matching result of each device, by device, the last measured first."""
     found = {}
     for path in sorted((ROOT / "benchmarks/results").glob(pattern)):
         result = json.loads(path.read_text())
         if result["device"] not in found or result["date"] >= found[result["device"]]["date"]:
             found[result["device"]] = result
-    return found
+    return dict(sorted(found.items(), key=lambda item: item[1]["date"], reverse=True))
 
 
 def rows_of(result, section):
@@ -262,7 +262,6 @@ def loss_gain(result):
 def gains():
     """The README's table: a column a device, a row what a user asks first."""
     speeds, trained = newest("speed-NVIDIA-*.json"), newest("correct-NVIDIA-*.json")
-    devices = sorted(speeds, key=lambda device: speeds[device]["date"], reverse=True)
     rows = {
         "linear and SwiGLU layers over XLA's BF16": lambda r: layer_gain(r, "XLA bf16", False),
         "mixtures of experts over tokamax's tuned BF16": lambda r: layer_gain(
@@ -280,10 +279,10 @@ def gains():
     }
     header = [
         "",
-        *(f"{device.removeprefix('NVIDIA ')}, {speeds[device]['date']}" for device in devices),
+        *(f"{device.removeprefix('NVIDIA ')}, {speeds[device]['date']}" for device in speeds),
     ]
     return "\n".join(
-        table(header, [[name, *(cell(speeds[d]) for d in devices)] for name, cell in rows.items()])
+        table(header, [[name, *(cell(speeds[d]) for d in speeds)] for name, cell in rows.items()])
     )
 
 

@@ -87,7 +87,7 @@ wide = jax.eval_shape(lambda: parameters(4096, 14336))
 explanation = jaxfp8.explain(fp8_loss, wide, jax.ShapeDtypeStruct((4, 4097), jnp.int32))
 for line in explanation.lines:
     shape = f"{line.m} x {line.n} x {line.k}"
-    print(f"{line.role:16} {shape:21} {line.configuration or line.reason}")
+    print(f"{line.role:16} {shape:21} {line.configuration or line.reason.split(':')[0]}")
 print(f"{explanation.fp8_share:.1%} of {explanation.flops / 1e12:.1f} TFLOP in FP8")
 fp8_bound, bf16_bound = explanation.seconds, explanation.bf16_seconds
 bounds = f"{1e3 * fp8_bound:.1f} ms in FP8, {1e3 * bf16_bound:.1f} in bfloat16"

@@ -6,9 +6,11 @@ import jax
 from jax.interpreters import mlir
 
 import jaxfp8.kernels.activation
+import jaxfp8.kernels.gather
 import jaxfp8.kernels.gemm
 import jaxfp8.kernels.grouped_gemm
-import jaxfp8.kernels.quantize  # noqa: F401  fills LEAVES, which jaxfp8 loads lazily
+import jaxfp8.kernels.quantize
+import jaxfp8.kernels.sum_rows  # noqa: F401  fills LEAVES, which jaxfp8 loads lazily
 from jaxfp8._primitives.leaf import LEAVES
 
 _choose = None

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from .. import _ffi
-from .._arrays.blocks import ceil_blocks
+from .._arrays.blocks import BLOCK, ceil_blocks
 from .._primitives.leaf import Leaf
 from .._primitives.mesh import is_explicit
 from .._primitives.operation import Call
@@ -32,6 +32,9 @@ from .quantize import (
     columns,
     named,
     quantize_blocks,
+    quantize_ragged_both_leaf,
+    quantize_ragged_columns_leaf,
+    quantize_rows_leaf,
     rows,
 )
 
@@ -76,6 +79,11 @@ def activate(x, activation):
     return lax.optimization_barrier(y if up is None else y * up)
 
 
+def activate_weighted(x, weight, activation):
+    """`activate` with a factor `(...)` for each row: what a router gives an expert's row."""
+    return lax.optimization_barrier(activate(x, activation) * weight[..., None])
+
+
 def activate_grad(x, dy, activation):
     """float32 gradient `(..., A, F)` of pre-activations from that of `activate`."""
     x, up = _split(x)
@@ -87,6 +95,16 @@ def activate_grad(x, dy, activation):
     else:
         halves = [dy * up * slope, dy * (x * s)]
     return lax.optimization_barrier(jnp.stack(halves, axis=-2))
+
+
+def activate_weighted_grad(x, dy, weight, activation):
+    """The gradients of `activate_weighted`: of x `(..., A, F)`, and of the weights by 128-block of F, `(..., FB)`."""
+    dy = lax.optimization_barrier(dy).astype(jnp.float32)
+    products = dy * activate(x, activation)
+    f = products.shape[-1]
+    products = jnp.pad(products, [(0, 0)] * (products.ndim - 1) + [(0, -f % BLOCK)])
+    dweight = products.reshape(*products.shape[:-1], -1, BLOCK).sum(-1)
+    return activate_grad(x, dy * weight[..., None], activation), dweight
 
 
 def _rows(y, dtype, pow2):
@@ -116,11 +134,28 @@ def _reference_ragged_both(x, sizes, *, activation, dtype, pow2):
 
 
 def _reference_ragged_grad_both(x, dy, sizes, *, activation, dtype, pow2):
-    dx = activate_grad(x, dy, activation)  # (M, A, F)
+    return _quantized_ragged_grad(activate_grad(x, dy, activation), sizes, dtype, pow2)
+
+
+def _quantized_ragged_grad(dx, sizes, dtype, pow2):
     m, a, f = dx.shape
     data, scale = _reference_ragged_columns(dx.reshape(m, a * f), sizes, dtype=dtype, pow2=pow2)
     columns = [v.reshape(a, f, v.shape[-1]) for v in (data, scale)]
     return _rows(dx, dtype, pow2) + columns
+
+
+def _reference_weighted_rows(x, weight, *, activation, dtype, pow2):
+    return _rows(activate_weighted(x, weight, activation), dtype, pow2)
+
+
+def _reference_ragged_weighted_both(x, weight, sizes, *, activation, dtype, pow2):
+    y = activate_weighted(x, weight, activation)
+    return _rows(y, dtype, pow2) + _reference_ragged_columns(y, sizes, dtype=dtype, pow2=pow2)
+
+
+def _reference_ragged_weighted_grad_both(x, dy, weight, sizes, *, activation, dtype, pow2):
+    dx, dweight = activate_weighted_grad(x, dy, weight, activation)
+    return [*_quantized_ragged_grad(dx, sizes, dtype, pow2), dweight]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -162,6 +197,45 @@ activation_ragged_both_leaf = _activation(
 )
 activation_ragged_grad_both_leaf = _activation(
     "activation_ragged_grad_both", _reference_ragged_grad_both, "ma", "af"
+)
+
+
+def _weighted_rows_call(x, weight, *, activation, dtype, pow2):
+    y = activate_weighted(x, weight, activation)
+    return quantize_rows_leaf(y, dtype=dtype, pow2=pow2)
+
+
+def _ragged_weighted_both_call(x, weight, sizes, *, activation, dtype, pow2):
+    y = activate_weighted(x, weight, activation)
+    return quantize_ragged_both_leaf(y, sizes, dtype=dtype, pow2=pow2)
+
+
+def _ragged_weighted_grad_both_call(x, dy, weight, sizes, *, activation, dtype, pow2):
+    dx, dweight = activate_weighted_grad(x, dy, weight, activation)
+    m, a, f = dx.shape
+    row = [v.reshape(m, a, v.shape[-1] // a) for v in _halves_rows(dx, dtype, pow2)]
+    columns = quantize_ragged_columns_leaf(dx.reshape(m, a * f), sizes, dtype=dtype, pow2=pow2)
+    return [*row, *(v.reshape(a, f, v.shape[-1]) for v in columns), dweight]
+
+
+def _halves_rows(dx, dtype, pow2):
+    m, a, f = dx.shape
+    data, scale = quantize_rows_leaf(dx.reshape(m * a, f), dtype=dtype, pow2=pow2)
+    return [data.reshape(m, a * f), scale.reshape(m, -1)]
+
+
+activation_weighted_rows_leaf = Leaf(
+    "jaxfp8_activation_weighted_rows_leaf", _reference_weighted_rows, _weighted_rows_call
+)
+activation_ragged_weighted_both_leaf = Leaf(
+    "jaxfp8_activation_ragged_weighted_both_leaf",
+    _reference_ragged_weighted_both,
+    _ragged_weighted_both_call,
+)
+activation_ragged_weighted_grad_both_leaf = Leaf(
+    "jaxfp8_activation_ragged_weighted_grad_both_leaf",
+    _reference_ragged_weighted_grad_both,
+    _ragged_weighted_grad_both_call,
 )
 
 
@@ -222,10 +296,36 @@ def _ragged_local(x, *rest, call):
     return results
 
 
+def _weighted_rows_local(x, weight, *, call):
+    flat = x.reshape(x.shape[0], _halves(call.ins[0]), x.shape[-1])
+    return activation_weighted_rows_leaf(flat, weight, **dict(call.attributes))
+
+
+def _ragged_weighted_local(x, *rest, call):
+    """As `_ragged_local`, of x, [dy], weight (m), sizes."""
+    *dy, weight, sizes = rest
+    halves, f = _halves(call.ins[0]), x.shape[-1]
+    x = x.reshape(x.shape[0], halves, f)
+    if not dy:
+        return activation_ragged_weighted_both_leaf(x, weight, sizes, **dict(call.attributes))
+    *results, dweight = activation_ragged_weighted_grad_both_leaf(
+        x, *dy, weight, sizes, **dict(call.attributes)
+    )
+    if halves == 1:
+        results = [jnp.squeeze(v, axis) for v, axis in zip(results, (1, 1, 0, 0), strict=True)]
+    return [*results, dweight]
+
+
 _PINNED = (TWO, "m", "g", "t")
 rows_kernel = Kernel("jaxfp8_activation_rows", _rows_local, pinned=(TWO,))
 both_kernel = Kernel("jaxfp8_activation_both", _both_local, pinned=(TWO,))
 ragged_both_kernel = Kernel("jaxfp8_activation_ragged_both", mapped(_ragged_local), pinned=_PINNED)
+weighted_rows_kernel = Kernel(
+    "jaxfp8_activation_weighted_rows", mapped(_weighted_rows_local), pinned=(TWO,)
+)
+ragged_weighted_kernel = Kernel(
+    "jaxfp8_activation_ragged_weighted", mapped(_ragged_weighted_local), pinned=_PINNED
+)
 
 
 def gated(local):
@@ -358,3 +458,49 @@ def ragged_activation_grad(
     """As `activation_grad`, of (m, [two,] f), with columns over the group-padded token axis."""
     ins = (dims, tuple(d for d in dims if d != TWO), sizes_dims)
     return _ragged((x, dy, sizes), ins, _tail(dims), fmt, activation)
+
+
+def _new(ins):
+    """Dimensions that vmap added to any operand."""
+    return tuple(dict.fromkeys(d for dims in ins for d in dims if d[0] == "v"))
+
+
+def weighted_activation_rows(x, dims, weight, weight_dims, fmt: Format, activation) -> Named:
+    """As `activation_rows`, of (m, [two,] f), each row multiplied by its `weight` (m), float32."""
+    ins = (dims, weight_dims)
+    out = (*_new(ins), "m", "f")
+    data, scale = _bind(weighted_rows_kernel, activation, fmt, ins, (out,), x, weight)
+    return named(data, scale, out)
+
+
+def ragged_weighted_activation(
+    x, dims, weight, weight_dims, sizes, sizes_dims, fmt: Format, activation
+) -> tuple[Named, Named]:
+    """As `ragged_activation`, each row multiplied by its `weight` (m), float32, before it is quantized."""
+    ins = (dims, weight_dims, sizes_dims)
+    new = _new(ins)
+    outs = ((*new, "m", "f"), (*new, "f", "t"))
+    row, row_scale, column, column_scale = _bind(
+        ragged_weighted_kernel, activation, fmt, ins, outs, x, weight, sizes
+    )
+    return named(row, row_scale, outs[0]), named(column, column_scale, outs[1])
+
+
+def ragged_weighted_activation_grad(
+    x, dims, dy, dy_dims, weight, weight_dims, sizes, sizes_dims, fmt: Format, activation
+) -> tuple[Named, Named, jax.Array]:
+    """As `ragged_activation_grad`, from dy (m, f), the gradient of the weighted activation.
+
+    The third result is that of the weights, float32 (m): the sum over f of dy and the activation without its weight.
+    """
+    ins = (dims, dy_dims, weight_dims, sizes_dims)
+    new, last = _new(ins), _tail(dims)
+    outs = ((*new, "m", *last), (*new, *last, "t"))
+    attributes = (("activation", activation), ("dtype", fmt.dtype), ("pow2", fmt.pow2))
+    call_outs = tuple(d for out in outs for d in (out, _blocked(out)))
+    call = Call(ins, (*call_outs, (*new, "m", "f/")), attributes)
+    row, row_scale, column, column_scale, dweight = ragged_weighted_kernel(
+        x, dy, weight, sizes, call=call
+    )
+    named_ = named(row, row_scale, outs[0]), named(column, column_scale, outs[1])
+    return *named_, jnp.sum(dweight, axis=-1)

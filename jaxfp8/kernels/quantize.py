@@ -128,20 +128,29 @@ def _reference_weight(w, *, dtype, pow2):
     return [data, scale, jnp.swapaxes(data, -1, -2)]
 
 
-def _reference_ragged_columns(x, sizes, *, dtype, pow2):
-    """(M, K) -> (K, T): the transpose of x, each group starting at a multiple of 128, zeros between."""
-    tokens, _ = x.shape
+def token_axis(sizes, tokens):
+    """The row behind each token of the group-padded axis, `tokens` where there is none: int32 (T,)."""
     groups = sizes.shape[0]
     starts, ends = group_bounds(sizes, tokens)
     first = padded_starts(starts, ends)
     t = jnp.arange(padded_tokens(tokens, groups), dtype=jnp.int32)
     group = jnp.searchsorted(first, t, side="right", method="sort").astype(jnp.int32) - 1
     row = starts[group] + t - first[group]
-    inside = row < ends[group]
-    x = jnp.pad(x, [(0, 1), (0, 0)])  # the row that stands for none
-    spread = x[jnp.where(inside, row, tokens)]
+    return jnp.where(row < ends[group], row, tokens)
+
+
+def quantize_token_axis(spread, inside, dtype, pow2):
+    """Columns (K, T) of rows (T, K) that lie along the group-padded axis, of which some are none."""
     data, scale = quantize_blocks(spread.T, ROW, dtype, pow2)
     return [jnp.where(inside, data, jnp.zeros((), dtype)), scale]  # a gap is zero also beside a NaN
+
+
+def _reference_ragged_columns(x, sizes, *, dtype, pow2):
+    """(M, K) -> (K, T): the transpose of x, each group starting at a multiple of 128, zeros between."""
+    tokens, _ = x.shape
+    row = token_axis(sizes, tokens)
+    x = jnp.pad(x, [(0, 1), (0, 0)])  # the row that stands for none
+    return quantize_token_axis(x[row], row < tokens, dtype, pow2)
 
 
 def _reference_ragged_both(x, sizes, *, dtype, pow2):

@@ -1,0 +1,75 @@
+"""The sum of the rows that belong to one token, optionally weighted: how a mixture of experts combines its results.
+
+A gather in a fixed order, no scatter: results are the same bits in every run.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+
+from .._arrays import checks
+from .._primitives.leaf import Leaf
+from .._primitives.operation import Call
+from .._primitives.partition import Kernel
+from ._mapped import mapped
+from .gather import take_rows
+
+# --------------------------------------------------------------------------------------------------
+# Reference numerics
+# --------------------------------------------------------------------------------------------------
+
+
+def _reference(rows, position, *weight, out_dtype):
+    """Starts from +0 and adds in float32, choice by choice; with weights by one fused or two roundings a term."""
+    sum_ = jnp.zeros((position.shape[0], rows.shape[1]), jnp.float32)
+    lost = jnp.zeros(position.shape[:1], bool)
+    for choice in range(position.shape[1]):
+        index = position[:, choice]
+        term = take_rows(rows, index).astype(jnp.float32)
+        if weight:
+            term = term * weight[0][:, choice, None]
+        there = (index >= 0) & (index < rows.shape[0])
+        sum_ = jnp.where(there[:, None], sum_ + term, sum_)
+        lost |= index >= rows.shape[0]
+    return [jnp.where(lost[:, None], np.float32(np.nan), sum_).astype(out_dtype)]
+
+
+# --------------------------------------------------------------------------------------------------
+# Custom calls: docs/architecture.md has the contract
+# --------------------------------------------------------------------------------------------------
+
+
+sum_rows_leaf = Leaf("jaxfp8_sum_rows_leaf", _reference, _reference)
+
+
+# --------------------------------------------------------------------------------------------------
+# Kernels: named dimensions
+# --------------------------------------------------------------------------------------------------
+
+
+sum_rows_kernel = Kernel(
+    "jaxfp8_sum_rows",
+    mapped(lambda *arrays, call: sum_rows_leaf(*arrays, **dict(call.attributes))),
+    pinned=("m", "j"),
+)
+
+
+def sum_rows(rows, dims, position, position_dims, out_dtype, weight=None, weight_dims=None):
+    """Rows (m, k), positions (s, j) -> (s, k): for each s the sum over j of `weight[s, j] * rows[position[s, j]]`.
+
+    A position below 0 stands for no row. One from M on makes its token NaN: a row that found no place. Sums are
+    float32, in the order of j, rounded once to `out_dtype`; without `weight` (float32, of any dimensions that the
+    positions have) rows are added as they are.
+    """
+    arrays, ins = [rows, position], [dims, position_dims]
+    if weight is not None:
+        arrays.append(weight.astype(jnp.float32))
+        ins.append(weight_dims or position_dims)
+    new = tuple(dict.fromkeys(d for dims in ins for d in dims if d[0] == "v"))
+    if rows.dtype not in checks.OUTPUT_DTYPES:
+        arrays[0] = rows.astype(jnp.float32)
+    kernel_dtype = np.dtype(out_dtype if out_dtype in checks.OUTPUT_DTYPES else jnp.float32)
+    out = (*new, "s", dims[-1])
+    call = Call(tuple(ins), (out,), (("out_dtype", kernel_dtype),))
+    return sum_rows_kernel(*arrays, call=call)[0].astype(out_dtype)

@@ -225,7 +225,12 @@ def test_every_plan_names_a_kernel_and_fits_it(target):
         assert plan.dynamic_smem <= MAX_SHARED
         assert all(g % c == 0 for g, c in zip(plan.grid, plan.cluster, strict=True))
         sizes = [
-            128 if isinstance(a, dict) else 8 if isinstance(a, str) else None for a in plan.args
+            len(a.get("bytes", bytes(128)))
+            if isinstance(a, dict)
+            else 8
+            if isinstance(a, str)
+            else None
+            for a in plan.args
         ]
         assert len(sizes) == len(kernel.parameters)
         for size, parameter in zip(sizes, kernel.parameters, strict=True):

@@ -640,7 +640,7 @@ def test_kernels_have_no_silent_zero_gradient(name):
         return v is None
 
     moving = jax.tree.map(lambda v: jnp.asarray(v) if v.dtype == np.float32 else None, arguments)
-    with pytest.raises(NotImplementedError, match="[Dd]ifferentiation"):
+    with pytest.raises(NotImplementedError, match="no derivative"):
         jax.grad(loss)(moving)
 
 

@@ -27,8 +27,6 @@ class Plan:
     @property
     def dynamic_smem(self) -> int: ...
     @property
-    def config(self) -> int: ...  # index into configs(); -1: the kernel has none
-    @property
     def args(self) -> list[dict[str, Any] | str | int | float]: ...
 
 def plan(

@@ -146,6 +146,7 @@ def test_data_parallel_beside_expert_parallel(shape):
 
 @pytest.mark.parametrize("recipe", [{"scale_format": "pow2"}, {}])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.representatives()
 def test_quantizing_dispatched_tokens_again_changes_nothing(recipe, dtype):
     x = jnp.asarray(normal(64, 256) * np.exp(3 * normal(64, 1)), dtype)
     with jaxfp8.Recipe(**recipe):
@@ -323,6 +324,7 @@ def ragged_all_to_all(
 
 
 @pytest.mark.parametrize("max_rows", [None, 40])
+@pytest.mark.representatives()
 def test_rows_of_a_ragged_exchange_are_those_of_the_padded_one(max_rows, monkeypatch):
     """The offsets and sizes that a GPU's all-to-all gets, held to its documentation; both ways, and their gradients."""
 

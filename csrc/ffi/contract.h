@@ -5,7 +5,6 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <variant>
 #include <vector>
 
 #include "host/activation.h"
@@ -56,26 +55,24 @@ struct ArraySpec {
   std::vector<Dim> dims;
 };
 
-using Kind = std::variant<QuantizeProblem::Kind, ActivationProblem::Kind, GemmProblem::Kind>;
+enum class Family : uint8_t { kQuantize, kActivation, kGemm };
 
 struct Target {
   std::string name;
-  Kind kind;
+  Family family;
+  QuantizeProblem::Kind quantize{};
+  GemmProblem::Kind gemm{};
   std::vector<ArraySpec> operands, results;
   bool accum = false;  // the last operand is aliased to the result
-
-  template <class Problem>
-  bool is() const {
-    return std::holds_alternative<typename Problem::Kind>(kind);
-  }
+  ActivationProblem::Kind activation{};
 };
 
-// A handler is a function of its own for each target; targets() asserts that there are as many.
-constexpr size_t kNumTargets = 22;
-
 // In the order of docs/architecture.md, each product followed by its accumulating twin.
+constexpr size_t kNumTargets = 22;
 const std::vector<Target>& targets();
 const Target& find_target(const std::string& name);  // throws CallError
+
+constexpr size_t kMaxArrays = 8;  // operands and results of one call
 
 struct Call {
   const Target* target = nullptr;

@@ -36,7 +36,7 @@ def build_planner(folder: Path):
     sources = [str(ROOT / "benchmarks/plan_abi.cc"), str(ROOT / "csrc/host/gemm.cc")]
     library = str(folder / "libplan.so")
     subprocess.run(
-        ["g++", "-std=c++17", "-O2", "-shared", "-fPIC", "-o", library, *sources], check=True
+        ["g++", "-std=c++20", "-O2", "-shared", "-fPIC", "-o", library, *sources], check=True
     )
 
 
@@ -59,7 +59,7 @@ def build(folder: Path):
     def image(name: str):
         source = ROOT / "csrc/kernels/gemm" / f"{name}.cu"
         ptx, cubin = folder / f"{name}.ptx", folder / f"{name}.cubin"
-        flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr"]
+        flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr"]
         command = ["nvcc", *flags, "--ptx", target + "compute_90a", "-o", str(ptx), str(source)]
         subprocess.run(command, check=True)
         subprocess.run(
@@ -197,7 +197,13 @@ class Driver:
         plan = json.loads(buffer.value)
         keep, addresses = [tensors], []
         for arg in plan["args"]:
-            if isinstance(arg, dict):
+            if isinstance(arg, dict) and "bytes" in arg:
+                cell = (ctypes.c_uint64 * (len(arg["bytes"]) // 8)).from_buffer_copy(
+                    bytes(arg["bytes"])
+                )
+                keep.append(cell)
+                addresses.append(ctypes.addressof(cell))
+            elif isinstance(arg, dict):
                 raw, address = self.tensor_map(arg)
                 keep.append(raw)
                 addresses.append(address)

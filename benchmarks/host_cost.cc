@@ -1,7 +1,7 @@
 // Host time of one custom call: check, plan, tensor maps and launch, on a driver that does nothing.
 // What a real driver adds is not in it.
 //
-//   g++ -std=c++17 -O3 -Icsrc -Ibuild/cp311-cp311-linux_x86_64/include benchmarks/host_cost.cc
+//   g++ -std=c++20 -O3 -Icsrc -Ibuild/cp311-cp311-linux_x86_64/include benchmarks/host_cost.cc
 //       csrc/driver/*.cc csrc/ffi/{targets,contract,plan_call}.cc csrc/host/*.cc -ldl
 //       -o build/host_cost
 //   build/host_cost <folder with the cubins>

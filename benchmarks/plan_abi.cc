@@ -24,6 +24,13 @@ struct ToJson {
            ", \"box\": " + list(map.box) +
            ", \"swizzle\": " + std::to_string(static_cast<int>(map.swizzle)) + "}";
   }
+  std::string operator()(const jaxfp8::ParamBlock& block) const {
+    std::string out;
+    for (uint32_t i = 0; i < block.size; ++i) {
+      out += (i == 0 ? "" : ", ") + std::to_string(static_cast<int>(block.bytes[i]));
+    }
+    return "{\"bytes\": [" + out + "]}";
+  }
   std::string operator()(void* pointer) const {
     return "[8, " + std::to_string(reinterpret_cast<uintptr_t>(pointer)) + "]";
   }
@@ -60,6 +67,7 @@ extern "C" int plan_gemm_json(int kind, const int64_t* sizes, const int* dtypes,
         "{\"image\": " + quoted(plan.image) + ", \"kernel\": " + quoted(plan.kernel) +
         ", \"grid\": " + std::to_string(plan.grid.x) +
         ", \"block\": " + std::to_string(plan.block.x) +
+        ", \"config\": " + std::to_string(plan.config) +
         ", \"cluster\": " + std::to_string(plan.cluster.x) +
         ", \"smem\": " + std::to_string(plan.dynamic_smem) + ", \"args\": [" + args + "]}";
     std::snprintf(out, out_size, "%s", json.c_str());

@@ -50,7 +50,7 @@ def build(directory):
     """Compiles the kernels to <directory>/<image>.cubin, all at once."""
     compilers = [
         subprocess.Popen(
-            ["nvcc", "-gencode", "arch=compute_90a,code=sm_90a", "-cubin", "-O3", "-std=c++17"]
+            ["nvcc", "-gencode", "arch=compute_90a,code=sm_90a", "-cubin", "-O3", "-std=c++20"]
             + [str(ROOT / f"csrc/kernels/quantize/{image}.cu"), "-o", f"{directory}/{image}.cubin"]
         )
         for image in IMAGES

@@ -3,7 +3,7 @@
     python benchmarks/readme.py [--check]
 
 What stands between the two `measured` comments of each file is replaced: in docs/performance.md by the tables of the
-newest speed-*.json, heuristic-*.json and correct-*.json of each device and of train-cpu-*.json, in README.md by their
+newest speed-, step-, moe-, heuristic- and correct-*.json of each device and of train-cpu-*.json, in README.md by their
 ratios alone. `--check` only compares. The plot of a speed-*.json stands in docs/images as roofline-DEVICE-DATE.png.
 """
 
@@ -139,6 +139,40 @@ def speed(result):
     return lines
 
 
+def step(result):
+    """benchmarks/step.py: variants of a training step, and remat policies."""
+    model = result["model"]
+    lines = wrap(
+        f"On one {result['device']} (jax {result['jax']}, {result['date']}; `python benchmarks/step.py OUT.json`): "
+        f"{model['layers']} layers {model['width']} wide with {model['hidden']} hidden, {model['batch']} x "
+        f"{model['sequence']} tokens, attention and head in bfloat16, AdamW with float32 masters. Peak: of XLA's plan."
+    )
+    header = ["step", "ms", "over BF16", "peak GiB"]
+    rows = [
+        [name, f"{r['ms']:.1f}", f"{r['speedup_over_bf16']:.2f}x", f"{r['peak_gib']:.1f}"]
+        for name, r in result["results"].items()
+    ]
+    return [*lines, "", *table(header, rows), ""]
+
+
+def blocks(result):
+    """Mixture blocks, from the router's choice to the output, beside their products and the best BF16 peer."""
+    lines = wrap(
+        f"On one {result['device']} ({result['date']}), forward and backward, from the router's choice to the output:"
+    )
+    header = ["mixture block", "ms", "of its products' time", "over BF16"]
+    rows = [
+        [
+            r["name"],
+            f"{r['ms']:.2f}",
+            f"{r['ms'] / r['products_ms']:.2f}",
+            f"{r['bf16_ms'] / r['ms']:.2f}x",
+        ]
+        for r in result["blocks"]
+    ]
+    return [*lines, "", *table(header, rows), ""]
+
+
 def host_time(rows):
     """Of a call, from chains of 200 in step_profile.py's rows."""
     cpu = {
@@ -208,6 +242,14 @@ def measured():
     lines = []
     for result in newest("speed-NVIDIA-*.json").values():
         lines += speed(result)
+    for title, pattern, section in (
+        ("A training step", "step-NVIDIA-*.json", step),
+        ("Mixture blocks", "moe-NVIDIA-*.json", blocks),
+    ):
+        if found := newest(pattern):
+            lines += [f"## {title}", ""]
+            for result in found.values():
+                lines += section(result)
     for result in newest("heuristic-NVIDIA-*.json").values():
         lines += wrap(
             f"The heuristic's configuration on one {result['device']}: within 5 % of the best of all on "
@@ -259,31 +301,41 @@ def loss_gain(result):
     )
 
 
+def step_gain(result):
+    """Ratios to BF16 of a training step's FP8 variants without remat."""
+    ratios = [
+        r["speedup_over_bf16"]
+        for name, r in (result or {"results": {}})["results"].items()
+        if "," not in name and name != "bf16"
+    ]
+    return f"{min(ratios):.2f} to {max(ratios):.2f}x" if ratios else "not measured"
+
+
 def gains():
     """The README's table: a column a device, a row what a user asks first."""
-    speeds, trained = newest("speed-NVIDIA-*.json"), newest("correct-NVIDIA-*.json")
+    speeds = newest("speed-NVIDIA-*.json")
+    steps, trained = newest("step-NVIDIA-*.json"), newest("correct-NVIDIA-*.json")
     rows = {
-        "linear and SwiGLU layers over XLA's BF16": lambda r: layer_gain(r, "XLA bf16", False),
-        "mixtures of experts over tokamax's tuned BF16": lambda r: layer_gain(
-            r, "tokamax tuned", True
-        ),
-        "products alone over DeepGEMM: forward, weight gradient": lambda r: product_gain(
-            r, "deepgemm"
-        ),
-        "over cuBLASLt, same scaling: forward, weight gradient": lambda r: product_gain(
-            r, "cublaslt block"
-        ),
-        "validation loss, FP8 to BF16": lambda r: (
-            loss_gain(trained.get(r["device"])) or "not measured"
-        ),
+        "training step of Llama-3-8B's width over BF16": [step_gain(steps.get(d)) for d in speeds],
+        "linear and SwiGLU layers over XLA's BF16": [
+            layer_gain(r, "XLA bf16", False) for r in speeds.values()
+        ],
+        "mixtures of experts over tokamax's tuned BF16": [
+            layer_gain(r, "tokamax tuned", True) for r in speeds.values()
+        ],
+        "products alone over DeepGEMM: forward, weight gradient": [
+            product_gain(r, "deepgemm") for r in speeds.values()
+        ],
+        "over cuBLASLt, same scaling: forward, weight gradient": [
+            product_gain(r, "cublaslt block") for r in speeds.values()
+        ],
+        "validation loss, FP8 to BF16": [
+            loss_gain(trained.get(d)) or "not measured" for d in speeds
+        ],
     }
-    header = [
-        "",
-        *(f"{device.removeprefix('NVIDIA ')}, {speeds[device]['date']}" for device in speeds),
-    ]
-    return "\n".join(
-        table(header, [[name, *(cell(speeds[d]) for d in speeds)] for name, cell in rows.items()])
-    )
+    header = ["", *(f"{d.removeprefix('NVIDIA ')}, {r['date']}" for d, r in speeds.items())]
+    some = [[name, *cells] for name, cells in rows.items() if set(cells) != {"not measured"}]
+    return "\n".join(table(header, some))
 
 
 WRITTEN = {"README.md": gains, "docs/performance.md": measured}

@@ -31,7 +31,7 @@ if(DEFINED ENV{JAXFP8_KERNEL_CACHE})
   endif()
 endif()
 execute_process(
-  COMMAND ${NVCC} -std=c++17 -O3 --ptx -gencode=arch=compute_90a,code=compute_90a
+  COMMAND ${NVCC} -std=c++20 -O3 --ptx -gencode=arch=compute_90a,code=compute_90a
     --expt-relaxed-constexpr -MD -MF ${OUT}.d -MT ${OUT}.cubin -o ${OUT}.ptx ${SOURCE}
   COMMAND_ERROR_IS_FATAL ANY)
 execute_process(

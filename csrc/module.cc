@@ -78,6 +78,15 @@ struct NamedPlan {
         fields["box"] = map->box;
         fields["swizzle"] = name(map->swizzle);
         all.append(fields);
+      } else if (const auto* block = std::get_if<ParamBlock>(&arg)) {
+        nb::dict addresses;  // by the byte at which they lie
+        for (uint32_t i = 0; i < block->num_addresses; ++i) {
+          addresses[nb::int_(i * sizeof(void*))] = name_address(block->address(i));
+        }
+        nb::dict fields;
+        fields["bytes"] = nb::bytes(block->bytes.data(), block->size);
+        fields["addresses"] = addresses;
+        all.append(fields);
       } else if (const auto* pointer = std::get_if<void*>(&arg)) {
         all.append(name_address(*pointer));
       } else {
@@ -149,9 +158,9 @@ void launch(const NamedPlan& named, uintptr_t stream) {
 std::vector<std::string> configs(const std::string& target_name) {
   const Target& target = find_target(target_name);
   std::vector<std::string> names;
-  if (target.family == Family::kGemm) {
-    for (int i = 0; i < num_gemm_configs(target.gemm); ++i) {
-      names.push_back(gemm_config_name(target.gemm, i));
+  if (const auto* kind = std::get_if<GemmProblem::Kind>(&target.kind)) {
+    for (int i = 0; i < num_gemm_configs(*kind); ++i) {
+      names.push_back(gemm_config_name(*kind, i));
     }
   }
   return names;
@@ -183,6 +192,7 @@ NB_MODULE(_C, m) {
       .def_prop_ro("block", [](const NamedPlan& p) { return to_tuple(p.plan.block); })
       .def_prop_ro("cluster", [](const NamedPlan& p) { return to_tuple(p.plan.cluster); })
       .def_prop_ro("dynamic_smem", [](const NamedPlan& p) { return p.plan.dynamic_smem; })
+      .def_prop_ro("config", [](const NamedPlan& p) { return p.plan.config; })
       .def_prop_ro("args", &NamedPlan::args)
       .def("__str__", &NamedPlan::text);
   m.def("plan", &plan, nb::arg("target"), nb::arg("operands"), nb::arg("results"), nb::kw_only(),

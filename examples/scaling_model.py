@@ -22,6 +22,7 @@ import dataclasses
 
 SCALE = 4 / 128  # bytes of float32 scales for an element in 1x128 blocks
 SQUARE_SCALE = 4 / 128**2  # in 128x128 blocks
+BLOCK_SLACK = 1.25  # of what a peer gets if experts are equally busy: `max_sent` of `dispatch`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,10 +108,35 @@ class Layer:
     gather: float  # bytes of weights, forward and backward
     scatter: float  # bytes of weight gradients
     tensor: float  # bytes of activations between the GPUs of a tensor-parallel group
-    experts: float  # bytes of tokens between the GPUs of an expert-parallel group
+    experts: float  # bytes of tokens and their sums between the GPUs of an expert-parallel group
     compute_seconds: float
     hidden_seconds: float  # of communication that runs beside the products
     exposed_seconds: float  # of communication that the products wait for
+
+
+def arrivals(model: Model, layout: Layout, machine: Machine, tokens: float) -> tuple[float, float]:
+    """Tokens that a GPU with so many of its own receives from GPUs of its node, and from other nodes.
+
+    As `jaxfp8.dispatch` sends them over one axis: each once to every GPU that needs it, in blocks,
+    or to all where blocks would be no smaller. Or over two, ("node", "gpu"): each once to every
+    node that needs it, and there to all GPUs. The faster.
+    """
+    inside = min(layout.expert, max(1, machine.node // layout.tensor))
+    nodes = layout.expert // inside
+
+    def block(peers: int) -> float:
+        """Tokens for one of so many peers: those that have one of a token's experts there."""
+        needed = 1 - (1 - 1 / peers) ** model.choices
+        return tokens * min(1.0, BLOCK_SLACK * needed)
+
+    one = (inside - 1) * block(layout.expert), (layout.expert - inside) * block(layout.expert)
+    two = (inside - 1) * nodes * block(nodes), (nodes - 1) * block(nodes)
+    return min(one, two, key=lambda ways: seconds_a_byte(machine, *ways))
+
+
+def seconds_a_byte(machine: Machine, node: float, network: float) -> float:
+    """Of tokens of one byte each, so many from the node and from beyond it."""
+    return node / machine.node_bandwidth + network / machine.network_bandwidth
 
 
 def layer(model: Model, layout: Layout, machine: Machine, tokens: int) -> Layer:
@@ -141,17 +167,18 @@ def layer(model: Model, layout: Layout, machine: Machine, tokens: int) -> Layer:
     moved = 1 + SCALE if layout.fp8 else 2
     tensor = 2 * activation * (4 * moved + 2 * 4 if layout.fp8 else 3 * 2 + 2 * 2)
 
-    # Experts: tokens there in FP8 with scales, results back in bfloat16; gradients the same way.
-    # A token finds an expert on its own GPU once in `expert`.
-    travel = ring(local * model.choices * width / layout.tensor, layout.expert)
-    experts = 2 * travel * (moved + 2)
+    # Experts: a token there once a GPU (or node), in FP8 with scales, and the numbers of its experts;
+    # its gates too, and backward their gradient back. A sum in bfloat16 back. Gradients the same way.
+    node, network = arrivals(model, layout, machine, local / layout.tensor)
+    token = 2 * width * (moved + 2) + 3 * 4 * model.choices
+    experts = (node + network) * token
 
     rate = machine.fp8_flops if layout.fp8 else machine.bf16_flops
     expert_rate = machine.fp8_expert_flops if layout.fp8 else machine.bf16_expert_flops
     compute = products / rate + chosen / expert_rate + attention / machine.bf16_flops
     weights = (gather + scatter) / machine.bandwidth(layout.data, layout.tensor)
     waits = tensor / machine.bandwidth(layout.tensor)
-    waits += experts / machine.bandwidth(layout.expert, layout.tensor)
+    waits += token * seconds_a_byte(machine, node, network)
     return Layer(
         products + chosen + attention,
         gather,

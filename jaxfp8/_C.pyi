@@ -27,6 +27,8 @@ class Plan:
     @property
     def dynamic_smem(self) -> int: ...
     @property
+    def config(self) -> int: ...  # index into configs(); -1: the kernel has none
+    @property
     def args(self) -> list[dict[str, Any] | str | int | float]: ...
 
 def plan(

@@ -4,15 +4,80 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
+
+if TYPE_CHECKING:
+    from . import _C
 
 
 def target(name: str) -> str:
     """Versioned name of a custom-call target: docs/architecture.md lists them."""
     return f"jaxfp8_{name}_v1"
+
+
+CONTRACTION_STEP = 16
+"""Bytes of which a row of FP8 data must be a multiple for the tensor copy engine (cuTensorMapEncodeTiled)."""
+
+_XLA_NAMES = {
+    "float8_e4m3fn": "f8e4m3fn",
+    "float8_e5m2": "f8e5m2",
+    "bfloat16": "bf16",
+    "float16": "f16",
+    "float32": "f32",
+    "int32": "s32",
+}
+
+Type = tuple[tuple[int, ...], Any]
+"""Shape and dtype of an array."""
+
+
+def plan(
+    name: str,
+    operands: Sequence[Type],
+    results: Sequence[Type],
+    *,
+    config: int = -1,
+    num_sms: int = 0,
+    device_sms: int,
+) -> _C.Plan:
+    """The launch of a product on a device of `device_sms` multiprocessors.
+
+    **Arguments:** `name` without version; arrays as the lowering has them before it pads the contraction; `config`:
+    index into `configs(name)`, or -1 for the heuristic, whose choice is the plan's `config`.
+
+    **Raises:** ValueError for a product that no kernel serves.
+    """
+
+    def padded(position: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if position not in (0, 2):  # lhs and rhs
+            return shape
+        return (*shape[:-1], -(-shape[-1] // CONTRACTION_STEP) * CONTRACTION_STEP)
+
+    return _C.plan(
+        target(name),
+        [(_XLA_NAMES[np.dtype(d).name], padded(i, s)) for i, (s, d) in enumerate(operands)],
+        [(_XLA_NAMES[np.dtype(d).name], s) for s, d in results],
+        config=config,
+        num_sms=num_sms,
+        device_sms=device_sms,
+    )
+
+
+@functools.cache
+def configs(name: str) -> tuple[str, ...]:
+    """Names of a target's configurations, by index; `name` without version."""
+    return tuple(_C.configs(target(name)))
+
+
+def build_info() -> _C.BuildInfo:
+    """What this build contains: version, nvcc (empty: no kernels), ffi, images."""
+    return _C.build_info()
 
 
 def require_cuda_kernels(operation: str) -> None:

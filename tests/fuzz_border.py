@@ -31,7 +31,7 @@ from tests.recording import RecordingDriver
 
 BLOCK = 128
 MAX_SIZE = 2**31 - 1 - BLOCK  # of an axis
-MAX_ROWS = 2**31 - 1 - 1024  # of all groups of a product's array
+MAX_ROWS = 2**31 - 1 - 1024  # of all groups of a product's array; tiles too
 MAX_GRID = 2**31 - 1
 NUM_SMS = 132
 
@@ -215,14 +215,14 @@ def _value_faults(call: Call, arrays: dict[str, Array]) -> set[str]:
         if count > MAX_ROWS:
             found.add(name)
     num_sms, config = value("num_sms"), value("config")
-    if not 0 <= num_sms <= NUM_SMS:
+    if num_sms < 0:
         found.add("num_sms")
     names = _C.configs(target)
     if not -1 <= config < len(names):
         found.add("config")
     elif config >= 0 and num_sms:
         a, b = re.search(r"cluster (\d)x(\d)", names[config]).groups()
-        if int(a) * int(b) > num_sms:
+        if int(a) * int(b) > min(num_sms, NUM_SMS):
             found |= {"config", "num_sms"}
     if _tiles_overflow(target, names, call, arrays):
         found.add("out")
@@ -242,7 +242,7 @@ def _quantizer_grid(target: str, arrays: dict[str, Array], dims: list[int]) -> i
 
 
 def _tiles_overflow(target: str, names: list[str], call: Call, arrays: dict[str, Array]) -> bool:
-    """Whether the call's configuration has more tiles than 2^31 - 1; of the heuristic's, every one."""
+    """Whether the call's configuration has more tiles than the walk counts; of the heuristic's, every one."""
     out = arrays["out"].dims
     m, n = out[-2:]
     groups = arrays["rhs"].dims[0] if len(arrays["rhs"].dims) == 3 else out[0]
@@ -260,7 +260,7 @@ def _tiles_overflow(target: str, names: list[str], call: Call, arrays: dict[str,
             tiles = m // rows + groups + 1
         else:
             tiles = groups * _cdiv(m, rows)
-        if tiles * columns <= MAX_GRID:
+        if tiles * columns <= MAX_ROWS:
             return False
     return bool(chosen)
 

@@ -75,7 +75,12 @@ def execute(
     parameters = emulator.kernel(ptx, plan.kernel).parameters
     args = []
     for arg, parameter in zip(plan.args, parameters, strict=True):
-        if isinstance(arg, dict):
+        if isinstance(arg, dict) and "bytes" in arg:
+            block = bytearray(arg["bytes"])
+            for at, name in arg["addresses"].items():
+                block[at : at + 8] = addresses[name].to_bytes(8, "little")
+            arg = bytes(block)
+        elif isinstance(arg, dict):
             arg = emulator.TensorMap(
                 (memory, addresses[arg["base"]]),
                 arg["dims"],

@@ -160,6 +160,36 @@ def stated_dtypes(lowered, kind):
     return set(found)
 
 
+STATED_BYTES = {"ui8": 1, "f8E4M3FN": 1, "bf16": 2, "f32": 4, "i32": 4}
+
+
+class Stated(NamedTuple):
+    """A collective as the program states it: kind, dtype, elements of its result, and devices that take part."""
+
+    kind: str
+    dtype: str
+    elements: int
+    devices: int
+
+    @property
+    def received(self) -> float:
+        """Bytes that a device receives from others."""
+        return self.elements * STATED_BYTES[self.dtype] * (self.devices - 1) / self.devices
+
+
+def stated(lowered):
+    """The collectives that the program asks for, before XLA widens or merges any."""
+    pattern = (
+        r'"?stablehlo\.(all_gather|all_to_all|all_reduce|reduce_scatter|collective_permute)"?.*'
+        r"tensor<\d+x(\d+)xi64>.*-> tensor<([\dx]*x)?(\w+)>"
+    )
+    found = []
+    for kind, devices, dims, dtype in re.findall(pattern, lowered.as_text()):
+        elements = math.prod(int(d) for d in dims.split("x") if d)
+        found.append(Stated(kind, dtype, elements, int(devices)))
+    return found
+
+
 def multiply_adds(hlo):
     """Multiply-adds of the dense product calls of one device, in an opaque program."""
     total = 0

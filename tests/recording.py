@@ -48,7 +48,7 @@ def build(directory: Path, name: str = "libcuda.so.1") -> Path:
     spec = importlib.util.find_spec("jaxlib")
     assert spec and spec.origin, "jaxlib is not installed"
     library = directory / name
-    command = [compiler() or "c++", "-std=c++17", "-O1", "-g", "-shared", "-fPIC", "-pthread"]
+    command = [compiler() or "c++", "-std=c++20", "-O1", "-g", "-shared", "-fPIC", "-pthread"]
     command += [f"-Wl,-soname,{name}", *os.environ.get("RECORDING_CXXFLAGS", "").split()]
     command += [f"-I{ROOT / 'csrc'}", f"-I{Path(spec.origin).parent / 'include'}"]
     subprocess.run([*command, "-o", str(library), str(_SOURCE)], check=True)

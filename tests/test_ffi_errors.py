@@ -241,12 +241,51 @@ def test_accum_has_the_type_of_out(target):
 
 
 @pytest.mark.parametrize("target", [t for t in TARGETS if "gemm" in t])
-@pytest.mark.parametrize("num_sms", [-1, 133])
-def test_num_sms_is_that_of_the_device_at_most(target, num_sms):
+def test_num_sms_is_not_negative(target):
     call = CustomCall(target)
-    call.attributes["num_sms"] = np.int32(num_sms)
-    message = call.refusal()
-    assert message.startswith(f"num_sms is {num_sms}; allowed is 0 (all) to the 132 of this device")
+    call.attributes["num_sms"] = np.int32(-1)
+    assert call.refusal() == "num_sms is -1; allowed is 0 (all) or more"
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if "gemm" in t])
+def test_more_multiprocessors_than_the_device_has_are_all_of_them(target):
+    """A program exported with `num_sms=100` runs on a device of 78."""
+    call = CustomCall(target)
+    call.attributes["num_sms"] = np.int32(100)
+    more = str(call.plan(device_sms=78))
+    call.attributes["num_sms"] = np.int32(0)
+    assert more == str(call.plan(device_sms=78))
+
+
+SEGMENTS = {  # of the walk over tiles, csrc/kernels/gemm/schedule.cuh
+    "gemm": lambda groups: groups,
+    "grouped_gemm": lambda groups: groups + 1,
+    "masked_grouped_gemm": lambda groups: 2 * groups,
+    "grouped_wgrad_gemm": lambda groups: groups,
+}
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if "gemm" in t])
+def test_the_walk_over_the_most_groups_ends(target):
+    """It counts segments in 32 bits, 32 at a time: past the largest plan there is room for a step."""
+    kind = re.fullmatch(r"(?:jaxfp8_)?(\w+?)(?:_1d[12]d)?(?:_v1)?(?:\+accum)?", target)[1]
+    one = {**SIZES, "M": 1, "N": 1, "K": 16, "MB": 1, "NB": 1, "KB": 1}
+    edges = {2**30 + d for d in range(-600, 2)} | {
+        2**31 - 1 - d for d in (1, 128, *range(1020, 1030))
+    }
+    if kind == "grouped_wgrad_gemm":
+        edges = {2**24 + d for d in range(-20, 2)}
+    accepted = []
+    for groups in sorted(edges):
+        sizes = {**one, "G": groups, "T": 128 * groups, "TB": groups}
+        call = CustomCall(target, sizes=sizes)
+        try:
+            call.plan()
+        except ValueError as error:
+            assert "out has" in str(error) or "every axis has" in str(error) or "rows" in str(error)
+        else:
+            accepted.append(groups)
+    assert accepted and SEGMENTS[kind](max(accepted)) + 1024 <= 2**31 - 1
 
 
 @pytest.mark.parametrize("target", [t for t in TARGETS if "gemm" in t])
@@ -289,7 +328,6 @@ def test_an_unknown_target_is_refused():
 
 @pytest.mark.emulated
 @each_target
-@pytest.mark.representatives(cases=8)
 def test_handlers_launch_a_valid_call(handlers, target):
     if not _ffi.images():
         pytest.skip("this build holds no kernels")
@@ -303,7 +341,6 @@ def test_handlers_launch_a_valid_call(handlers, target):
 
 @pytest.mark.emulated
 @each_array
-@pytest.mark.representatives("target")
 def test_handlers_refuse_another_type(handlers, target, array):
     call = CustomCall(target)
     call.dtypes[array] = "u8"
@@ -314,7 +351,6 @@ def test_handlers_refuse_another_type(handlers, target, array):
 
 @pytest.mark.emulated
 @each_array
-@pytest.mark.representatives("target")
 def test_handlers_refuse_a_size_that_disagrees(handlers, target, array):
     call = CustomCall(target)
     call.shapes[array] = (*call.shapes[array][:-1], call.shapes[array][-1] + 128)
@@ -333,7 +369,6 @@ def test_handlers_refuse_an_accumulator_that_is_not_the_output(handlers, target)
 
 @pytest.mark.emulated
 @each_target
-@pytest.mark.representatives("target")
 def test_handlers_refuse_attributes_of_another_type(handlers, target):
     call = CustomCall(target)
     for name, value in call.attributes.items():
@@ -352,7 +387,7 @@ def test_handlers_refuse_attributes_of_another_type(handlers, target):
 @pytest.mark.emulated
 @pytest.mark.parametrize("target", PRODUCTS)
 def test_handlers_refuse_attributes_out_of_range(handlers, target):
-    for name, value in {"num_sms": handlers.num_sms + 1, "config": 1000}.items():
+    for name, value in {"num_sms": -1, "config": 1000}.items():
         call = CustomCall(target)
         call.attributes[name] = np.int32(value)
         with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match=f"{name} is {value}"):

@@ -148,7 +148,6 @@ def test_eager(case):
 
 
 @each_case
-@pytest.mark.representatives(cases=2)
 def test_grad_of_one_operand_or_both(case):
     x, w, dy = case.draw()
     y, dx, dw = case.oracle(x, w, dy)
@@ -170,7 +169,6 @@ def test_grad_of_one_operand_or_both(case):
 
 
 @each_case
-@pytest.mark.representatives(cases=2)
 def test_vmap(case):
     xs, ws, dys = case.examples()
     shared = np.stack([case.oracle(x, ws[0], dys[0])[0] for x in xs])
@@ -189,7 +187,6 @@ def test_vmap(case):
 
 
 @each_case
-@pytest.mark.representatives(cases=2)
 def test_vmap_of_both_operands_and_their_gradients(case):
     xs, ws, dys = case.examples()
     each = [case.oracle(*e) for e in zip(xs, ws, dys, strict=True)]
@@ -199,7 +196,6 @@ def test_vmap_of_both_operands_and_their_gradients(case):
 
 
 @each_case
-@pytest.mark.representatives(cases=2)
 def test_grad_of_vmap_sums_over_all_examples(case):
     xs, ws, dys = case.examples()
     run = train(lambda x, w: jax.vmap(lambda x: case.f(x, w))(x))
@@ -207,7 +203,6 @@ def test_grad_of_vmap_sums_over_all_examples(case):
 
 
 @each_case
-@pytest.mark.representatives(cases=2)
 def test_vmap_of_grad_is_per_example(case):
     xs, ws, dys = case.examples()
     each = [case.oracle(x, ws[0], dy) for x, dy in zip(xs, dys, strict=True)]
@@ -217,7 +212,6 @@ def test_vmap_of_grad_is_per_example(case):
 
 
 @each_operation
-@pytest.mark.representatives()
 def test_nested_vmap(case):
     xs, ws, dys = case.examples(4)
     want = case.joined(xs, ws[0], dys)
@@ -228,7 +222,6 @@ def test_nested_vmap(case):
 
 
 @each_case
-@pytest.mark.representatives(cases=2)
 def test_scan(case):
     xs, ws, dys = case.examples()
     each = [case.oracle(*e) for e in zip(xs, ws, dys, strict=True)]
@@ -278,7 +271,6 @@ def through(wrap):
     ],
     ids=["vmap", "jit inside", "checkpoint inside", "named_call inside", "jit outside"],
 )
-@pytest.mark.representatives(cases=2)
 def test_grad_of_vmap_has_no_array_of_tokens_in_out(f):
     run = train(f)
     jaxpr = jax.make_jaxpr(run)(X, W, DY)
@@ -403,7 +395,6 @@ POLICIES = {
     + [(n, "fp8") for n in ("per example", "dot_general", "einsum", "ragged_dot")]
     + [pytest.param("ragged_dot", p, marks=pytest.mark.slow) for p in POLICIES if p != "fp8"],
 )
-@pytest.mark.representatives("name", "policy")
 def test_remat_in_scan_gives_the_same_gradients(name, policy):
     case = CASES["linear" if name == "per example" else name]
     f = per_example if name == "per example" else case.f
@@ -439,7 +430,6 @@ def _scanned_gradients(f, xs, ws, wrap):
 
 @each_case
 @pytest.mark.parametrize("policy", ["fp8", "dots and fp8", "offload fp8"])
-@pytest.mark.representatives("case", "policy")
 def test_the_shipped_policies_keep_the_fp8_copies_as_bytes(case, policy):
     """uint8: of float residuals JAX drops bits, and every block's largest value, 448, would become NaN."""
     x, w, dy = case.draw()
@@ -477,7 +467,6 @@ def test_offloaded_residuals_lie_in_host_memory():
 
 @each_case
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.representatives("case", "policy")
 def test_no_policy_rounds_fp8_residuals(case, policy):
     x, w, _ = case.draw()
     f = jax.checkpoint(lambda x, w: jnp.sin(case.f(jnp.cos(x), w)).sum(), policy=POLICIES[policy])
@@ -596,7 +585,6 @@ TRANSFORMATIONS = {
 
 
 @each_kernel
-@pytest.mark.representatives(cases=6)
 def test_kernels_under_jit_checkpoint_scan_and_vmap(name):
     f, make = KERNELS[name]
     each = [make(s) for s in range(4)]
@@ -607,8 +595,7 @@ def test_kernels_under_jit_checkpoint_scan_and_vmap(name):
         same(name, got, jax.tree.map(lambda v, n=n: v[:n], alone))
 
 
-@pytest.mark.parametrize("name", [n for n in KERNELS if "gemm" in n or "ragged" in n])
-@pytest.mark.representatives(cases=5)
+@pytest.mark.parametrize("name", [n for n in KERNELS if len(KERNELS[n][1](0)) > 1])
 def test_kernels_under_vmap_of_one_argument(name):
     f, make = KERNELS[name]
     each = [make(s) for s in range(2)]
@@ -653,7 +640,7 @@ def test_kernels_have_no_silent_zero_gradient(name):
         return v is None
 
     moving = jax.tree.map(lambda v: jnp.asarray(v) if v.dtype == np.float32 else None, arguments)
-    with pytest.raises(NotImplementedError, match="no derivative"):
+    with pytest.raises(NotImplementedError, match="[Dd]ifferentiation"):
         jax.grad(loss)(moving)
 
 
@@ -765,14 +752,12 @@ def recipe_of(got):
 
 
 @pytest.mark.parametrize("recipe", FORMATS, ids=str)
-@pytest.mark.representatives(cases=2)
 def test_a_recipe_as_argument(recipe):
     run = train(lambda x, w: jaxfp8.linear(x, w, recipe=recipe))
     assert recipe_of(run(X, W, DY)) == recipe
 
 
 @pytest.mark.parametrize("recipe", [E5M2_GRADIENTS, POW2, MIXED], ids=str)
-@pytest.mark.representatives()
 def test_a_recipe_as_context(recipe):
     with recipe:
         assert recipe_of(train(jaxfp8.linear)(X, W, DY)) == recipe

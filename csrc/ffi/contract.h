@@ -5,6 +5,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <variant>
 #include <vector>
 
 #include "host/activation.h"
@@ -55,24 +56,26 @@ struct ArraySpec {
   std::vector<Dim> dims;
 };
 
-enum class Family : uint8_t { kQuantize, kActivation, kGemm };
+using Kind = std::variant<QuantizeProblem::Kind, ActivationProblem::Kind, GemmProblem::Kind>;
 
 struct Target {
   std::string name;
-  Family family;
-  QuantizeProblem::Kind quantize{};
-  GemmProblem::Kind gemm{};
+  Kind kind;
   std::vector<ArraySpec> operands, results;
   bool accum = false;  // the last operand is aliased to the result
-  ActivationProblem::Kind activation{};
+
+  template <class Problem>
+  bool is() const {
+    return std::holds_alternative<typename Problem::Kind>(kind);
+  }
 };
 
-// In the order of docs/architecture.md, each product followed by its accumulating twin.
+// A handler is a function of its own for each target; targets() asserts that there are as many.
 constexpr size_t kNumTargets = 22;
+
+// In the order of docs/architecture.md, each product followed by its accumulating twin.
 const std::vector<Target>& targets();
 const Target& find_target(const std::string& name);  // throws CallError
-
-constexpr size_t kMaxArrays = 8;  // operands and results of one call
 
 struct Call {
   const Target* target = nullptr;

@@ -90,10 +90,10 @@ ffi::Error run(const Target& target, cuda::Stream stream, ffi::RemainingArgs ope
   try {
     Call call;
     call.target = &target;
-    if (target.family == Family::kActivation) {
+    if (target.is<ActivationProblem>()) {
       call.activation = attribute<int32_t>(target, attributes, "activation", "i32");
     }
-    if (target.family != Family::kGemm) {
+    if (!target.is<GemmProblem>()) {
       call.pow2 = attribute<bool>(target, attributes, "pow2", "i1");
     } else {
       call.config = attribute<int32_t>(target, attributes, "config", "i32");

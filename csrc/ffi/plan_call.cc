@@ -6,16 +6,15 @@
 namespace jaxfp8 {
 namespace {
 
-QuantizeProblem quantize_problem(const Call& call, const Sizes& sizes) {
+QuantizeProblem problem_of(QuantizeProblem::Kind kind, const Call& call, const Sizes& sizes) {
   using Kind = QuantizeProblem::Kind;
-  const Target& target = *call.target;
-  bool weight = target.quantize == Kind::kWeight;
-  bool ragged = target.quantize == Kind::kRaggedColumns || target.quantize == Kind::kRaggedBoth;
-  bool columns = target.quantize == Kind::kColumns || target.quantize == Kind::kRaggedColumns;
-  bool both = target.quantize == Kind::kBoth || target.quantize == Kind::kRaggedBoth;
+  bool weight = kind == Kind::kWeight;
+  bool ragged = kind == Kind::kRaggedColumns || kind == Kind::kRaggedBoth;
+  bool columns = kind == Kind::kColumns || kind == Kind::kRaggedColumns;
+  bool both = kind == Kind::kBoth || kind == Kind::kRaggedBoth;
   QuantizeProblem problem;
-  problem.kind = target.quantize;
-  problem.groups = target.quantize == Kind::kRows ? 1 : sizes[G];
+  problem.kind = kind;
+  problem.groups = kind == Kind::kRows ? 1 : sizes[G];
   problem.rows = sizes[weight ? K : M];
   problem.cols = sizes[weight ? N : K];
   problem.in = *call.operands[0].dtype;
@@ -30,9 +29,8 @@ QuantizeProblem quantize_problem(const Call& call, const Sizes& sizes) {
   return problem;
 }
 
-ActivationProblem activation_problem(const Call& call, const Sizes& sizes) {
+ActivationProblem problem_of(ActivationProblem::Kind kind, const Call& call, const Sizes& sizes) {
   using Kind = ActivationProblem::Kind;
-  Kind kind = call.target->activation;
   bool ragged = kind == Kind::kRaggedBoth || kind == Kind::kRaggedGradBoth;
   bool gradient = kind == Kind::kGradBoth || kind == Kind::kRaggedGradBoth;
   ActivationProblem problem;
@@ -57,12 +55,12 @@ ActivationProblem activation_problem(const Call& call, const Sizes& sizes) {
   return problem;
 }
 
-GemmProblem gemm_problem(const Call& call, const Sizes& sizes) {
-  const Target& target = *call.target;
-  bool wgrad = target.gemm == GemmProblem::Kind::kGroupedWgrad;
-  bool grouped = target.gemm != GemmProblem::Kind::k1d2d && target.gemm != GemmProblem::Kind::k1d1d;
+GemmProblem problem_of(GemmProblem::Kind kind, const Call& call, const Sizes& sizes) {
+  using Kind = GemmProblem::Kind;
+  bool wgrad = kind == Kind::kGroupedWgrad;
+  bool grouped = kind != Kind::k1d2d && kind != Kind::k1d1d;
   GemmProblem problem;
-  problem.kind = target.gemm;
+  problem.kind = kind;
   problem.m = sizes[wgrad ? N : M];
   problem.n = sizes[wgrad ? K : N];
   problem.k = sizes[wgrad ? T : K];
@@ -71,7 +69,7 @@ GemmProblem gemm_problem(const Call& call, const Sizes& sizes) {
   problem.lhs = *call.operands[0].dtype;
   problem.rhs = *call.operands[2].dtype;
   problem.out = *call.results[0].dtype;
-  problem.accum = target.accum;
+  problem.accum = call.target->accum;
   problem.lhs_data = call.operands[0].data;
   problem.lhs_scale = call.operands[1].data;
   problem.rhs_data = call.operands[2].data;
@@ -81,25 +79,26 @@ GemmProblem gemm_problem(const Call& call, const Sizes& sizes) {
   return problem;
 }
 
+LaunchPlan plan(const QuantizeProblem& problem, const Call&, int device_sms) {
+  return plan_quantize(problem, device_sms);
+}
+LaunchPlan plan(const ActivationProblem& problem, const Call&, int device_sms) {
+  return plan_activation(problem, device_sms);
+}
+LaunchPlan plan(const GemmProblem& problem, const Call& call, int device_sms) {
+  return plan_gemm(problem, call.config, call.num_sms, device_sms);
+}
+
 }  // namespace
 
 LaunchPlan plan_call(const Call& call, int device_sms) {
-  Sizes sizes = check(call, device_sms);
+  const Sizes sizes = check(call);
   try {
-    switch (call.target->family) {
-      case Family::kGemm:
-        return plan_gemm(gemm_problem(call, sizes), call.config, call.num_sms, device_sms);
-      case Family::kActivation:
-        return plan_activation(activation_problem(call, sizes), device_sms);
-      case Family::kQuantize:
-        return plan_quantize(quantize_problem(call, sizes), device_sms);
-    }
-    fail(*call.target, "unknown family");
-  } catch (const std::invalid_argument& error) {
-    // A planner names its family; a caller knows the target.
-    std::string message = error.what();
-    size_t family = message.find(": ");
-    fail(*call.target, family == std::string::npos ? message : message.substr(family + 2));
+    return std::visit(
+        [&](auto kind) { return plan(problem_of(kind, call, sizes), call, device_sms); },
+        call.target->kind);
+  } catch (const PlanError& error) {
+    fail(*call.target, error.what());
   }
 }
 

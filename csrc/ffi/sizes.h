@@ -5,6 +5,7 @@
 #include <string>
 
 #include "ffi/contract.h"
+#include "host/checks.h"
 
 namespace jaxfp8 {
 
@@ -13,8 +14,6 @@ constexpr Dim G = Dim::kG, M = Dim::kM, N = Dim::kN, K = Dim::kK, T = Dim::kT,
               NB = Dim::kNBlocks, KB = Dim::kKBlocks, FB = Dim::kFBlocks, TB = Dim::kTBlocks,
               PaddedM = Dim::kPaddedM;
 
-constexpr int64_t kBlock = 128;
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr size_t kNumBoundDims = 8;  // the symbols that a call binds come first in Dim
 
 // The sizes of a call's symbols; 0: not bound yet.
@@ -60,7 +59,7 @@ class Sizes {
 };
 
 // Every shape, dtype, address and attribute of the call against its target. Throws CallError.
-Sizes check(const Call& call, int device_sms);
+Sizes check(const Call& call);
 
 [[noreturn]] void fail(const Target& target, const std::string& message);
 

@@ -1,3 +1,4 @@
+#include <stdexcept>
 #include <utility>
 
 #include "ffi/contract.h"
@@ -6,42 +7,20 @@
 namespace jaxfp8 {
 namespace {
 
-std::vector<Target> make_targets() {
-  using Quantize = QuantizeProblem::Kind;
-  using Activation = ActivationProblem::Kind;
-  using Gemm = GemmProblem::Kind;
-  constexpr Types fp8 = Types::kFp8, x = Types::kFloat, f32 = Types::kFloat32, s32 = Types::kInt32,
-                  out = Types::kOutput;
-  std::vector<Target> all;
-  const auto quantize = [&](const char* name, Quantize kind, std::vector<ArraySpec> operands,
-                            std::vector<ArraySpec> results) {
-    all.push_back({std::string("jaxfp8_quantize_") + name + "_v1",
-                   Family::kQuantize,
-                   kind,
-                   {},
-                   std::move(operands),
-                   std::move(results)});
-  };
-  const auto activation = [&](const char* name, Activation kind, std::vector<ArraySpec> operands,
-                              std::vector<ArraySpec> results) {
-    Target target{std::string("jaxfp8_activation_") + name + "_v1",
-                  Family::kActivation,
-                  {},
-                  {},
-                  std::move(operands),
-                  std::move(results)};
-    target.activation = kind;
-    all.push_back(std::move(target));
-  };
-  const auto gemm = [&](const char* name, Gemm kind, const std::vector<ArraySpec>& operands,
-                        const ArraySpec& result) {
-    std::string prefix = std::string("jaxfp8_") + name;
-    all.push_back({prefix + "_v1", Family::kGemm, {}, kind, operands, {result}});
-    Target accumulating{prefix + "_accum_v1", Family::kGemm, {}, kind, operands, {result}, true};
-    accumulating.operands.push_back({"accum", result.types, result.dims});
-    all.push_back(std::move(accumulating));
-  };
+Target target(const std::string& name, Kind kind, std::vector<ArraySpec> operands,
+              std::vector<ArraySpec> results) {
+  return {"jaxfp8_" + name + "_v1", kind, std::move(operands), std::move(results)};
+}
 
+constexpr Types fp8 = Types::kFp8, x = Types::kFloat, f32 = Types::kFloat32, s32 = Types::kInt32,
+                out = Types::kOutput;
+
+void add_quantizers(std::vector<Target>& all) {
+  using Quantize = QuantizeProblem::Kind;
+  const auto quantize = [&](const std::string& name, Quantize kind, std::vector<ArraySpec> operands,
+                            std::vector<ArraySpec> results) {
+    all.push_back(target("quantize_" + name, kind, std::move(operands), std::move(results)));
+  };
   quantize("rows", Quantize::kRows, {{"x", x, {M, K}}},
            {{"data", fp8, {M, K}}, {"scale", f32, {M, KB}}});
   quantize("columns", Quantize::kColumns, {{"x", x, {G, M, K}}},
@@ -63,7 +42,14 @@ std::vector<Target> make_targets() {
             {"row_scale", f32, {M, KB}},
             {"column_data", fp8, {K, PaddedM}},
             {"column_scale", f32, {K, TB}}});
+}
 
+void add_activations(std::vector<Target>& all) {
+  using Activation = ActivationProblem::Kind;
+  const auto activation = [&](const std::string& name, Activation kind,
+                              std::vector<ArraySpec> operands, std::vector<ArraySpec> results) {
+    all.push_back(target("activation_" + name, kind, std::move(operands), std::move(results)));
+  };
   activation("rows", Activation::kRows, {{"x", x, {M, A, F}}},
              {{"data", fp8, {M, F}}, {"scale", f32, {M, FB}}});
   activation("both", Activation::kBoth, {{"x", x, {G, M, A, F}}},
@@ -88,7 +74,19 @@ std::vector<Target> make_targets() {
               {"row_scale", f32, {M, A, FB}},
               {"column_data", fp8, {A, F, PaddedM}},
               {"column_scale", f32, {A, F, TB}}});
+}
 
+// Each followed by its accumulating twin.
+void add_products(std::vector<Target>& all) {
+  using Gemm = GemmProblem::Kind;
+  const auto gemm = [&](const std::string& name, Gemm kind, const std::vector<ArraySpec>& operands,
+                        const ArraySpec& result) {
+    all.push_back(target(name, kind, operands, {result}));
+    Target accumulating = target(name + "_accum", kind, operands, {result});
+    accumulating.operands.push_back({"accum", result.types, result.dims});
+    accumulating.accum = true;
+    all.push_back(std::move(accumulating));
+  };
   gemm("gemm_1d2d", Gemm::k1d2d,
        {{"lhs", fp8, {OneOrG, M, K}},
         {"lhs_scale", f32, {OneOrG, M, KB}},
@@ -122,13 +120,19 @@ std::vector<Target> make_targets() {
         {"rhs_scale", f32, {K, TB}},
         {"group_sizes", s32, {G}}},
        {"out", out, {G, N, K}});
-  return all;
 }
 
 }  // namespace
 
 const std::vector<Target>& targets() {
-  static const auto* all = new std::vector<Target>(make_targets());  // lives as long as any thread
+  static const auto* all = [] {
+    auto* made = new std::vector<Target>;  // lives as long as any thread
+    add_quantizers(*made);
+    add_activations(*made);
+    add_products(*made);
+    if (made->size() != kNumTargets) throw std::logic_error("kNumTargets is out of date");
+    return made;
+  }();
   return *all;
 }
 

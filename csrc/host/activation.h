@@ -38,9 +38,8 @@ struct ActivationProblem {
   void* column_scale = nullptr;
 };
 
-// The launch that computes `problem` on a device of `device_sms` multiprocessors. Throws
-// std::invalid_argument for a size below 1, a type or activation that is not listed, a null or
-// misaligned address, or a problem of more blocks than a grid holds.
+// The launch that computes `problem`, which the contract has checked, on a device of `device_sms`
+// multiprocessors. Throws PlanError for a problem of more blocks than a grid holds.
 LaunchPlan plan_activation(const ActivationProblem& problem, int device_sms);
 
 }  // namespace jaxfp8

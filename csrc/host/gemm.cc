@@ -4,9 +4,12 @@
 #include <array>
 #include <climits>
 #include <cmath>
+#include <cstddef>
 #include <limits>
 
-#include "../kernels/gemm/layout.h"
+#include "../kernels/gemm/args.h"
+#include "../kernels/gemm/tiles.h"
+#include "checks.h"
 
 namespace jaxfp8 {
 namespace {
@@ -75,140 +78,161 @@ constexpr bool have_supported_clusters(const std::array<Config, kCount>& configs
 static_assert(have_supported_clusters(kBlockScaleConfigs) &&
               have_supported_clusters(kOuterScaleConfigs));
 
-// As kernels are named: rows, columns of a warpgroup and how many warpgroups side by side.
-std::string tile_name(const Config& c) {
-  return "m" + std::to_string(c.block_m) + "n" + std::to_string(c.block_n / c.warpgroups_n) +
-         (c.warpgroups_n == 2 ? "x2" : "");
+struct TileName {
+  const char* name;
+  int block_m, block_n, warpgroups_n;
+};
+#define JAXFP8_TILE_NAME(name, m, n, warpgroups_n, sets, ...) TileName{#name, m, n, warpgroups_n},
+constexpr TileName kBlockScaleTiles[] = {JAXFP8_BLOCK_SCALE_TILES(JAXFP8_TILE_NAME)};
+constexpr TileName kOuterScaleTiles[] = {JAXFP8_OUTER_SCALE_TILES(JAXFP8_TILE_NAME)};
+#undef JAXFP8_TILE_NAME
+
+// The tile of a configuration, as kernels are named; null: none is compiled.
+template <size_t kCount>
+constexpr const char* find_tile(const TileName (&tiles)[kCount], const Config& c) {
+  for (const TileName& tile : tiles) {
+    if (tile.block_m == c.block_m && tile.block_n == c.block_n &&
+        tile.warpgroups_n == c.warpgroups_n) {
+      return tile.name;
+    }
+  }
+  return nullptr;
+}
+
+template <size_t kTiles, size_t kConfigs>
+constexpr bool are_compiled(const TileName (&tiles)[kTiles],
+                            const std::array<Config, kConfigs>& configs) {
+  for (const Config& c : configs) {
+    if (find_tile(tiles, c) == nullptr) return false;
+  }
+  return true;
+}
+static_assert(are_compiled(kBlockScaleTiles, kBlockScaleConfigs) &&
+              are_compiled(kOuterScaleTiles, kOuterScaleConfigs));
+
+const char* tile_name(const Config& c, bool outer_scales) {
+  return outer_scales ? find_tile(kOuterScaleTiles, c) : find_tile(kBlockScaleTiles, c);
 }
 
 bool has_outer_scales(Kind kind) { return kind == Kind::k1d1d || kind == Kind::kGroupedWgrad; }
 
-const Config& config_of(Kind kind, int config) {
-  return has_outer_scales(kind) ? kOuterScaleConfigs.at(config) : kBlockScaleConfigs.at(config);
+const Config& config_of(bool outer_scales, int config) {
+  return outer_scales ? kOuterScaleConfigs.at(config) : kBlockScaleConfigs.at(config);
 }
 
-TileLayout layout_of(const Config& config, const GemmProblem& p) {
-  return {config.block_m, config.block_n, config.warpgroups_n,
-          static_cast<int>(size_in_bytes(p.out)), has_outer_scales(p.kind)};
+// What a kind of product means for rows and tiles: the one switch over the kinds.
+struct Geometry {
+  Mode mode = kDense;
+  bool outer_scales = false;
+  int64_t out_rows, lhs_rows, rhs_rows;    // of all groups together
+  int64_t lhs_group_rows, rhs_group_rows;  // from one group to the next; 0: all share one
+  int64_t row_groups;                      // of `m` rows each
+  int64_t spare_tiles = 0;                 // along M, of row groups whose segments start anywhere
+  // What the heuristic takes for likely: sizes are on the device.
+  int64_t likely_rows;
+  double half_full_tiles = 0;  // the last one of each group
+  double likely_k_blocks;
+};
+
+Geometry geometry_of(const GemmProblem& p) {
+  Geometry g;
+  g.outer_scales = has_outer_scales(p.kind);
+  g.row_groups = p.groups;
+  g.out_rows = g.lhs_rows = p.groups * p.m;
+  g.rhs_rows = p.groups * p.n;
+  g.lhs_group_rows = p.m;
+  g.rhs_group_rows = p.n;
+  g.likely_rows = p.m;
+  g.likely_k_blocks = ceil_div(p.k, kBlock);
+  switch (p.kind) {
+    case Kind::k1d2d:
+    case Kind::k1d1d:
+      if (p.lhs_shared) {
+        g.lhs_rows = p.m;
+        g.lhs_group_rows = 0;
+      }
+      break;
+    case Kind::kGrouped:
+      g.mode = kGrouped;
+      g.out_rows = g.lhs_rows = p.m;
+      g.lhs_group_rows = 0;
+      g.row_groups = 1;
+      g.spare_tiles = p.groups + 1;
+      if (p.groups > 1) g.half_full_tiles = std::min(p.groups, p.m);
+      break;
+    case Kind::kMasked:
+      g.mode = kMasked;
+      g.spare_tiles = 2;
+      g.likely_rows = ceil_div<int64_t>(p.m, 4);  // the others cost a store of zeros
+      break;
+    case Kind::kGroupedWgrad:
+      g.mode = kGroupedWgrad;
+      g.lhs_rows = p.m;
+      g.rhs_rows = p.n;
+      g.lhs_group_rows = g.rhs_group_rows = 0;
+      // A block for each group is spare, half of which its last block uses.
+      g.likely_k_blocks = std::max(1.0, g.likely_k_blocks / p.groups - 0.5);
+      break;
+  }
+  return g;
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// Rows, and tiles of a cluster, are counted in 32 bits, a last tile's and a step past the last one
+// included (schedule.cuh).
+constexpr int64_t kMaxCount = INT_MAX - 1024;
 
-[[noreturn]] void fail(const std::string& message) { throw PlanError("gemm: " + message); }
-
-// The message is built only where it is needed: planning is part of every call's host time.
-#define REQUIRE(condition, message)  \
-  do {                               \
-    if (!(condition)) fail(message); \
-  } while (false)
-
-void require_aligned(const void* address, int64_t alignment, const char* argument) {
-  REQUIRE(reinterpret_cast<uintptr_t>(address) % alignment == 0,
-          std::string(argument) + " lies at an address that is no multiple of " +
-              std::to_string(alignment) + " bytes");
-}
-
-bool is_grouped(Kind kind) {
-  return kind == Kind::kGrouped || kind == Kind::kMasked || kind == Kind::kGroupedWgrad;
-}
-
-// Rows of all groups of the output, the lhs and the rhs.
-int64_t out_rows(const GemmProblem& p) { return p.kind == Kind::kGrouped ? p.m : p.groups * p.m; }
-int64_t lhs_rows(const GemmProblem& p) {
-  const bool one = p.lhs_shared || p.kind == Kind::kGrouped || p.kind == Kind::kGroupedWgrad;
-  return one ? p.m : p.groups * p.m;
-}
-int64_t rhs_rows(const GemmProblem& p) {
-  return p.kind == Kind::kGroupedWgrad ? p.n : p.groups * p.n;
-}
-
-void check(const GemmProblem& p) {
-  const auto positive = [](int64_t size, const char* name) {
-    REQUIRE(size >= 1 && size <= INT_MAX, std::string(name) + " is " + std::to_string(size) +
-                                              "; allowed is 1 to " + std::to_string(INT_MAX));
-  };
-  positive(p.m, "M");
-  positive(p.n, "N");
-  positive(p.k, "K");
-  positive(p.groups, "the number of groups");
-  REQUIRE(p.k % 16 == 0, "K is " + std::to_string(p.k) + "; it must be a multiple of 16");
+void check(const GemmProblem& p, const Geometry& g) {
   for (auto [rows, name] :
-       {std::pair{out_rows(p), "out"}, {lhs_rows(p), "lhs"}, {rhs_rows(p), "rhs"}}) {
-    constexpr int kAllowed = INT_MAX - 1024;  // the rows of a last tile are counted too
-    REQUIRE(rows <= kAllowed, std::string(name) + " has " + std::to_string(rows) +
-                                  " rows over all groups; allowed are " + std::to_string(kAllowed));
+       {std::pair{g.out_rows, "out"}, {g.lhs_rows, "lhs"}, {g.rhs_rows, "rhs"}}) {
+    JAXFP8_REQUIRE(rows <= kMaxCount, std::string(name) + " has " + std::to_string(rows) +
+                                          " rows over all groups; allowed are " +
+                                          std::to_string(kMaxCount));
   }
-  const auto lhs_allowed = p.lhs == DType::kF8E4M3FN || p.lhs == DType::kF8E5M2;
-  REQUIRE(lhs_allowed,
-          std::string("lhs has dtype ") + name(p.lhs) + "; allowed are f8e4m3fn and f8e5m2");
-  if (has_outer_scales(p.kind)) {
-    REQUIRE(p.rhs == DType::kF8E4M3FN || p.rhs == DType::kF8E5M2,
-            std::string("rhs has dtype ") + name(p.rhs) + "; allowed are f8e4m3fn and f8e5m2");
-    REQUIRE(p.lhs == DType::kF8E4M3FN || p.rhs == DType::kF8E4M3FN,
-            "lhs and rhs both have dtype f8e5m2; one must be f8e4m3fn");
+  if (g.outer_scales) {
+    JAXFP8_REQUIRE(p.lhs == DType::kF8E4M3FN || p.rhs == DType::kF8E4M3FN,
+                   "lhs and rhs both have dtype f8e5m2; one must be f8e4m3fn");
   } else {
-    REQUIRE(p.rhs == DType::kF8E4M3FN,
-            std::string("rhs has dtype ") + name(p.rhs) + "; allowed is f8e4m3fn");
-  }
-  REQUIRE(p.out == DType::kBFloat16 || p.out == DType::kFloat32,
-          std::string("out has dtype ") + name(p.out) + "; allowed are bf16 and f32");
-  if (p.lhs_shared) {
-    REQUIRE(!is_grouped(p.kind), "lhs can be shared by batch entries only, not by ragged groups");
+    JAXFP8_REQUIRE(p.rhs == DType::kF8E4M3FN,
+                   std::string("rhs has dtype ") + name(p.rhs) + "; allowed is f8e4m3fn");
   }
   if (p.kind == Kind::kGroupedWgrad) {
-    REQUIRE(p.k % 128 == 0 && p.k / 128 >= p.groups,
-            "lhs has a contraction of " + std::to_string(p.k) +
-                "; it must be a multiple of 128 and have 128 for each of the " +
-                std::to_string(p.groups) + " groups");
+    JAXFP8_REQUIRE(p.k / kBlock >= p.groups, "lhs has a contraction of " + std::to_string(p.k) +
+                                                 "; it must have " + std::to_string(kBlock) +
+                                                 " for each of the " + std::to_string(p.groups) +
+                                                 " groups");
   }
-  require_aligned(p.lhs_data, 16, "lhs");
-  require_aligned(p.rhs_data, 16, "rhs");
-  require_aligned(p.lhs_scale, 4, "the scale of lhs");
-  require_aligned(p.rhs_scale, 4, "the scale of rhs");
-  require_aligned(p.out_data, size_in_bytes(p.out), "out");
-  if (is_grouped(p.kind)) require_aligned(p.group_sizes, 4, "group_sizes");
+}
+
+int64_t columns_of(const GemmProblem& p, const Config& c) {
+  return ceil_div<int64_t>(p.n, c.block_n * c.cluster_n);
 }
 
 // At most how many tiles of a cluster there are; group sizes are on the device.
-int64_t max_tiles(const GemmProblem& p, const Config& c) {
+int64_t max_tiles(const GemmProblem& p, const Geometry& g, const Config& c) {
   const int64_t block_m = c.block_m * c.cluster_m;
-  const int64_t columns = ceil_div(p.n, c.block_n * c.cluster_n);
-  if (p.kind == Kind::kGrouped) return (p.m / block_m + p.groups + 1) * columns;
-  if (p.kind == Kind::kMasked) return p.groups * (p.m / block_m + 2) * columns;
-  return p.groups * ceil_div(p.m, block_m) * columns;
+  const int64_t rows = g.spare_tiles == 0 ? ceil_div(p.m, block_m) : p.m / block_m + g.spare_tiles;
+  return g.row_groups * rows * columns_of(p, c);
 }
 
 // Estimated time of a launch: waves of tiles.
-double estimated_ns(const GemmProblem& p, const Config& c, int sms) {
+double estimated_ns(const GemmProblem& p, const Geometry& g, const Config& c, int sms) {
   const int cluster = c.cluster_m * c.cluster_n;
   // So few rows move weights and little else, which small tiles spread over more SMs.
   const bool too_tall = p.m <= 64 && c.block_m * c.cluster_m > 64;
   if (cluster > sms || too_tall) return std::numeric_limits<double>::infinity();
-  const int64_t block_m = c.block_m * c.cluster_m, block_n = c.block_n * c.cluster_n;
-  const int64_t columns = ceil_div(p.n, block_n);
-  double k_blocks = ceil_div(p.k, 128);
-  double rows;  // of tiles
-  if (p.kind == Kind::kGrouped && p.groups > 1) {
-    // Sizes are on the device. As if they were equal; the last tile of each is half full.
-    const double groups = std::min(p.groups, p.m);
-    rows = p.m / double(block_m) + groups * 0.5;
-  } else if (p.kind == Kind::kMasked) {
-    // As if a quarter of the rows were valid; the others cost a store of zeros.
-    rows = double(p.groups * ceil_div((p.m + 3) / 4, block_m));
-  } else {
-    rows = double((p.kind == Kind::kGrouped ? 1 : p.groups) * ceil_div(p.m, block_m));
-  }
-  // Of the contraction, a block for each group is spare, half of which its last block uses.
-  if (p.kind == Kind::kGroupedWgrad) k_blocks = std::max(1.0, k_blocks / p.groups - 0.5);
-  const double waves = std::ceil(rows * columns / (sms / cluster));
-  return waves * (k_blocks * c.block_ns + c.tile_ns);
+  const int64_t block_m = c.block_m * c.cluster_m;
+  const double rows = g.half_full_tiles > 0
+                          ? p.m / double(block_m) + g.half_full_tiles * 0.5
+                          : double(g.row_groups * ceil_div(g.likely_rows, block_m));
+  const double waves = std::ceil(rows * columns_of(p, c) / (sms / cluster));
+  return waves * (g.likely_k_blocks * c.block_ns + c.tile_ns);
 }
 
-int choose_config(const GemmProblem& p, int sms) {
+int choose_config(const GemmProblem& p, const Geometry& g, int sms) {
   int best = -1;
   double best_ns = std::numeric_limits<double>::infinity();
   for (int i = 0; i < num_gemm_configs(p.kind); ++i) {
-    const double ns = estimated_ns(p, config_of(p.kind, i), sms);
+    const double ns = estimated_ns(p, g, config_of(g.outer_scales, i), sms);
     if (ns < best_ns) {
       best = i;
       best_ns = ns;
@@ -222,11 +246,8 @@ int choose_config(const GemmProblem& p, int sms) {
 int band_of(const GemmProblem& p, const Config& c, int clusters) {
   const double square =
       std::sqrt(double(clusters) * c.block_m * c.cluster_m / (c.block_n * c.cluster_n));
-  const int64_t columns = ceil_div(p.n, c.block_n * c.cluster_n);
-  return static_cast<int>(std::clamp<int64_t>(std::lround(square), 1, columns));
+  return static_cast<int>(std::clamp<int64_t>(std::lround(square), 1, columns_of(p, c)));
 }
-
-const char* short_name(DType type) { return type == DType::kF8E5M2 ? "e5m2" : "e4m3"; }
 
 TensorMap operand_map(void* data, int64_t rows, int64_t k, int box_rows) {
   return {TensorMap::Type::kUint8,
@@ -243,6 +264,69 @@ TensorMap::Swizzle swizzle_of(int bytes) {
                        : TensorMap::Swizzle::k32B;
 }
 
+// The output's tensor map, and which accesses its rows allow.
+struct OutAccess {
+  bool mapped, vector;
+
+  OutAccess(const GemmProblem& p) : mapped(aligned(p, 16)), vector(aligned(p, 8)) {}
+  static bool aligned(const GemmProblem& p, int bytes) {
+    return p.n * size_in_bytes(p.out) % bytes == 0 &&
+           reinterpret_cast<uintptr_t>(p.out_data) % bytes == 0;
+  }
+  int32_t flags(bool accum) const {
+    return (accum ? kAccumulate : 0) | (mapped ? kOutTensorMap : 0) | (vector ? kVectorOut : 0);
+  }
+};
+
+TensorMap output_map(const GemmProblem& p, const Geometry& g, const TileLayout& layout) {
+  return {p.out == DType::kFloat32 ? TensorMap::Type::kFloat32 : TensorMap::Type::kBfloat16,
+          p.out_data,
+          {static_cast<uint64_t>(p.n), static_cast<uint64_t>(g.out_rows)},
+          {static_cast<uint64_t>(p.n * size_in_bytes(p.out))},
+          {static_cast<uint32_t>(layout.strip_cols()), kStripRows},
+          swizzle_of(layout.strip_row_bytes())};
+}
+
+ParamBlock params_of(const GemmProblem& p, const Geometry& g, const Config& c, int clusters,
+                     int32_t flags) {
+  const auto i32 = [](int64_t x) { return static_cast<int32_t>(x); };
+  const GemmParams params{.lhs_scale = static_cast<const float*>(p.lhs_scale),
+                          .rhs_scale = static_cast<const float*>(p.rhs_scale),
+                          .group_sizes = static_cast<const int32_t*>(p.group_sizes),
+                          .out = p.out_data,
+                          .mode = g.mode,
+                          .m = i32(p.m),
+                          .n = i32(p.n),
+                          .groups = i32(p.groups),
+                          .k_blocks = i32(ceil_div(p.k, kBlock)),
+                          .lhs_rows = i32(g.lhs_rows),
+                          .rhs_rows = i32(g.rhs_rows),
+                          .lhs_group_rows = i32(g.lhs_group_rows),
+                          .rhs_group_rows = i32(g.rhs_group_rows),
+                          .cluster_m = c.cluster_m,
+                          .cluster_n = c.cluster_n,
+                          .band = band_of(p, c, clusters),
+                          .flags = flags};
+  constexpr uint32_t kAddresses = offsetof(GemmParams, mode) / sizeof(void*);
+  static_assert(kAddresses == 4);
+  return ParamBlock(params, kAddresses);
+}
+
+// The configuration to run, within `sms` multiprocessors.
+int checked_config(const GemmProblem& p, const Geometry& g, int config, int sms) {
+  JAXFP8_REQUIRE(sms >= 1, "the device has " + std::to_string(sms) + " SMs");
+  JAXFP8_REQUIRE(config >= -1 && config < num_gemm_configs(p.kind),
+                 "config is " + std::to_string(config) + "; allowed is -1 (the heuristic) to " +
+                     std::to_string(num_gemm_configs(p.kind) - 1));
+  if (config == -1) return choose_config(p, g, sms);
+  const Config& c = config_of(g.outer_scales, config);
+  const int cluster = c.cluster_m * c.cluster_n;
+  JAXFP8_REQUIRE(cluster <= sms, "config is " + std::to_string(config) +
+                                     ", which runs in clusters of " + std::to_string(cluster) +
+                                     " SMs; num_sms allows " + std::to_string(sms));
+  return config;
+}
+
 }  // namespace
 
 int num_gemm_configs(Kind kind) {
@@ -250,89 +334,43 @@ int num_gemm_configs(Kind kind) {
 }
 
 std::string gemm_config_name(Kind kind, int config) {
-  const Config& c = config_of(kind, config);
-  return tile_name(c) + " cluster " + std::to_string(c.cluster_m) + "x" +
-         std::to_string(c.cluster_n);
+  const Config& c = config_of(has_outer_scales(kind), config);
+  return std::string(tile_name(c, has_outer_scales(kind))) + " cluster " +
+         std::to_string(c.cluster_m) + "x" + std::to_string(c.cluster_n);
 }
 
 LaunchPlan plan_gemm(const GemmProblem& p, int config, int num_sms, int device_sms) {
-  check(p);
-  REQUIRE(device_sms >= 1, "the device has " + std::to_string(device_sms) + " SMs");
-  REQUIRE(num_sms >= 0, "num_sms is " + std::to_string(num_sms) + "; allowed is 0 (all) or more");
+  const Geometry g = geometry_of(p);
+  check(p, g);
   const int sms = num_sms == 0 ? device_sms : std::min(num_sms, device_sms);
-  REQUIRE(config >= -1 && config < num_gemm_configs(p.kind),
-          "config is " + std::to_string(config) + "; allowed is -1 (the heuristic) to " +
-              std::to_string(num_gemm_configs(p.kind) - 1));
-  const Config& c = config_of(p.kind, config == -1 ? choose_config(p, sms) : config);
-  const int cluster = c.cluster_m * c.cluster_n;
-  REQUIRE(cluster <= sms, "config is " + std::to_string(config) + ", which runs in clusters of " +
-                              std::to_string(cluster) + " SMs; num_sms is " +
-                              std::to_string(num_sms));
-  const int64_t tiles = max_tiles(p, c);
-  REQUIRE(tiles <= INT_MAX, "out has more than " + std::to_string(INT_MAX) + " tiles");
-
-  const TileLayout layout = layout_of(c, p);
-  const int clusters = static_cast<int>(std::min<int64_t>(sms / cluster, tiles));
-  const int64_t out_row_bytes = p.n * size_in_bytes(p.out);
-  const auto aligned = [&](int bytes) {
-    return out_row_bytes % bytes == 0 && reinterpret_cast<uintptr_t>(p.out_data) % bytes == 0;
-  };
-  const bool mapped = aligned(16), vector = aligned(8);
-
-  const LhsCopies lhs_copies(c.block_m, layout.outer_scales, c.cluster_n, lhs_rows(p));
-  const TensorMap lhs_map = operand_map(p.lhs_data, lhs_rows(p), p.k, lhs_copies.box);
-  const TensorMap rhs_map = operand_map(p.rhs_data, rhs_rows(p), p.k, c.block_n / c.cluster_m);
-  const TensorMap out_map =
-      mapped ? TensorMap{p.out == DType::kFloat32 ? TensorMap::Type::kFloat32
-                                                  : TensorMap::Type::kBfloat16,
-                         p.out_data,
-                         {static_cast<uint64_t>(p.n), static_cast<uint64_t>(out_rows(p))},
-                         {static_cast<uint64_t>(out_row_bytes)},
-                         {static_cast<uint32_t>(layout.strip_cols()), kStripRows},
-                         swizzle_of(layout.strip_row_bytes())}
-             : lhs_map;  // unused
-  const int32_t mode = p.kind == Kind::kGrouped        ? kGrouped
-                       : p.kind == Kind::kMasked       ? kMasked
-                       : p.kind == Kind::kGroupedWgrad ? kGroupedWgrad
-                                                       : kDense;
-  const bool wgrad = p.kind == Kind::kGroupedWgrad;
-  const int64_t lhs_group_rows = p.lhs_shared || p.kind == Kind::kGrouped || wgrad ? 0 : p.m;
-  const int64_t rhs_group_rows = wgrad ? 0 : p.n;
-
   LaunchPlan plan;
-  const char* family = has_outer_scales(p.kind) ? "gemm_1d1d_" : "gemm_1d2d_";
+  plan.config = checked_config(p, g, config, sms);
+  const Config& c = config_of(g.outer_scales, plan.config);
+  const int cluster = c.cluster_m * c.cluster_n;
+  const int64_t tiles = max_tiles(p, g, c);
+  JAXFP8_REQUIRE(tiles <= kMaxCount, "out has more than " + std::to_string(kMaxCount) + " tiles");
+  const int clusters = static_cast<int>(std::min<int64_t>(sms / cluster, tiles));
+
+  const char* family = g.outer_scales ? "gemm_1d1d_" : "gemm_1d2d_";
   plan.image = std::string(family) + name(p.out);
   plan.kernel.reserve(48);
-  plan.kernel.append(family).append(tile_name(c));
+  plan.kernel.append(family).append(tile_name(c, g.outer_scales));
   for (const char* type : {short_name(p.lhs), short_name(p.rhs), name(p.out)}) {
     plan.kernel.append("_").append(type);
   }
+  const TileLayout layout{c.block_m, c.block_n, c.warpgroups_n,
+                          static_cast<int>(size_in_bytes(p.out)), g.outer_scales};
   plan.grid.x = clusters * cluster;
   plan.block.x = layout.threads();
   plan.cluster.x = cluster;
   plan.dynamic_smem = layout.shared_bytes();
-  // In the order of GemmArgs (csrc/kernels/gemm/args.h).
-  plan.args = {lhs_map,
-               rhs_map,
-               out_map,
-               p.lhs_scale,
-               p.rhs_scale,
-               p.group_sizes,
-               p.out_data,
-               mode,
-               static_cast<int32_t>(p.m),
-               static_cast<int32_t>(p.n),
-               static_cast<int32_t>(p.groups),
-               static_cast<int32_t>(ceil_div(p.k, 128)),
-               static_cast<int32_t>(lhs_rows(p)),
-               static_cast<int32_t>(rhs_rows(p)),
-               static_cast<int32_t>(lhs_group_rows),
-               static_cast<int32_t>(rhs_group_rows),
-               static_cast<int32_t>(c.cluster_m),
-               static_cast<int32_t>(c.cluster_n),
-               static_cast<int32_t>(band_of(p, c, clusters)),
-               static_cast<int32_t>((p.accum ? kAccumulate : 0) | (mapped ? kOutTensorMap : 0) |
-                                    (vector ? kVectorOut : 0))};
+
+  const OutAccess access(p);
+  const LhsCopies lhs_copies(c.block_m, g.outer_scales, c.cluster_n, g.lhs_rows);
+  const TensorMap lhs_map = operand_map(p.lhs_data, g.lhs_rows, p.k, lhs_copies.box);
+  plan.args = {lhs_map, operand_map(p.rhs_data, g.rhs_rows, p.k, c.block_n / c.cluster_m),
+               access.mapped ? output_map(p, g, layout) : lhs_map,  // unused
+               params_of(p, g, c, clusters, access.flags(p.accum))};
   return plan;
 }
 

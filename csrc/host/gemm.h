@@ -7,7 +7,6 @@
 // The layouts of the operands are those of docs/architecture.md.
 #pragma once
 #include <cstdint>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -15,11 +14,6 @@
 #include "plan.h"
 
 namespace jaxfp8 {
-
-// The message names the argument, what it was and what is allowed.
-struct PlanError : std::invalid_argument {
-  using std::invalid_argument::invalid_argument;
-};
 
 struct GemmProblem {
   enum class Kind {
@@ -49,8 +43,8 @@ int num_gemm_configs(GemmProblem::Kind kind);
 // A readable name of configuration `config`, e.g. "m128n128 cluster 2x1".
 std::string gemm_config_name(GemmProblem::Kind kind, int config);
 
-// The launch that computes `problem`. `config` -1: the heuristic chooses. `num_sms` 0: all of
-// `device_sms`. Throws PlanError.
+// The launch that computes `problem`, which the contract has checked. `config` -1: the heuristic
+// chooses. `num_sms` 0, or more than there are: all of `device_sms`. Throws PlanError.
 LaunchPlan plan_gemm(const GemmProblem& problem, int config, int num_sms, int device_sms);
 
 }  // namespace jaxfp8

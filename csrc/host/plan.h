@@ -3,8 +3,12 @@
 // it.
 #pragma once
 #include <array>
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <variant>
 #include <vector>
 
@@ -23,8 +27,33 @@ struct TensorMap {
   Swizzle swizzle;
 };
 
+// A struct that a kernel takes by value: addresses first, then 32-bit integers.
+struct ParamBlock {
+  alignas(8) std::array<std::byte, 128> bytes{};
+  uint32_t size = 0, num_addresses = 0;
+
+  template <class Params>
+  ParamBlock(const Params& params, uint32_t num_addresses)
+      : size(sizeof(Params)), num_addresses(num_addresses) {
+    static_assert(sizeof(Params) <= sizeof(bytes) && alignof(Params) == 8 &&
+                  std::is_trivially_copyable_v<Params>);
+    std::memcpy(bytes.data(), &params, sizeof(Params));
+  }
+  void* address(size_t i) const {
+    void* value;
+    std::memcpy(&value, bytes.data() + i * sizeof(void*), sizeof(void*));
+    return value;
+  }
+};
+
 // One kernel parameter, in order.
-using KernelArg = std::variant<TensorMap, void*, int32_t, uint32_t, int64_t, float>;
+using KernelArg = std::variant<TensorMap, ParamBlock, void*, int32_t, uint32_t, int64_t, float>;
+
+// A problem that no kernel serves. The message names the argument, what it was and what is allowed;
+// whose call it was is the caller's to say.
+struct PlanError : std::invalid_argument {
+  using std::invalid_argument::invalid_argument;
+};
 
 struct Dim3 {
   uint32_t x = 1, y = 1, z = 1;
@@ -35,6 +64,7 @@ struct LaunchPlan {
   std::string kernel;  // extern "C" name in that image
   Dim3 grid, block, cluster;
   uint32_t dynamic_smem = 0;
+  int config = -1;  // the configuration that was chosen; -1: the kernel has none
   std::vector<KernelArg> args;
 };
 

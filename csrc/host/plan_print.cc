@@ -46,6 +46,16 @@ std::string to_string(const LaunchPlan& plan, const NameAddress& name_address) {
             text += std::string("tensor map of ") + name_address(arg.base) + ", " + name(arg.type) +
                     " " + to_string(arg.dims) + ", strides " + to_string(arg.strides) + ", box " +
                     to_string(arg.box) + ", swizzle " + name(arg.swizzle);
+          } else if constexpr (std::is_same_v<T, ParamBlock>) {
+            text += "struct of " + std::to_string(arg.size) + " bytes:";
+            for (uint32_t a = 0; a < arg.num_addresses; ++a) {
+              text += " " + name_address(arg.address(a));
+            }
+            for (uint32_t at = 8 * arg.num_addresses; at + 4 <= arg.size; at += 4) {
+              int32_t value;
+              std::memcpy(&value, arg.bytes.data() + at, sizeof(value));
+              text += " " + std::to_string(value);
+            }
           } else if constexpr (std::is_same_v<T, void*>) {
             text += name_address(arg);
           } else {

@@ -35,9 +35,8 @@ struct QuantizeProblem {
 // T, the length of the group-padded token axis, in tokens.
 int64_t padded_tokens(int64_t rows, int64_t groups);
 
-// The launch that computes `problem` on a device of `device_sms` multiprocessors. Throws
-// std::invalid_argument for a size below 1, a type that is not listed, a null or misaligned
-// address, or a problem of more blocks than a grid holds.
+// The launch that computes `problem`, which the contract has checked, on a device of `device_sms`
+// multiprocessors. Throws PlanError for a problem of more blocks than a grid holds.
 LaunchPlan plan_quantize(const QuantizeProblem& problem, int device_sms);
 
 }  // namespace jaxfp8

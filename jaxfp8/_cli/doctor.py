@@ -80,8 +80,7 @@ def versions() -> Iterator[Finding]:
     import jax
     import jaxlib
 
-    from .. import __version__
-    from .._ffi import _C
+    from .. import __version__, _ffi
 
     yield Finding(
         "Python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"
@@ -96,7 +95,7 @@ def versions() -> Iterator[Finding]:
         if supported
         else f"supported is {'.'.join(map(str, least))} <= jax < {'.'.join(map(str, most))}",
     )
-    info = _C.build_info()
+    info = _ffi.build_info()
     ffi = ".".join(map(str, info["ffi"]))
     yield Finding("jaxfp8", f"{__version__}, built for XLA FFI {ffi}")
     known = ("flax", "equinox", "qwix", "tokamax", "optax")
@@ -187,7 +186,7 @@ def kernels() -> Iterator[Finding]:
     from .. import _ffi
     from .._tools.roofline import here
 
-    images, nvcc = _ffi.images(), _ffi._C.build_info()["nvcc"]
+    images, nvcc = _ffi.images(), _ffi.build_info()["nvcc"]
     if not images:
         yield Finding(
             "kernels",
@@ -205,11 +204,9 @@ def kernels() -> Iterator[Finding]:
         return
     total = sum(p.stat().st_size for p in sizes) / 2**20
     yield Finding("kernels", f"{len(images)} images for sm_90a, {total:.1f} MiB, nvcc {nvcc}")
-    targets = sorted(t for t in _ffi._C.handlers("CUDA") if "gemm" in t and "accum" not in t)
-    counts = ", ".join(
-        f"{t.removeprefix('jaxfp8_').removesuffix('_v1')} {len(_ffi._C.configs(t))}"
-        for t in targets
-    )
+    names = [t.removeprefix("jaxfp8_").removesuffix("_v1") for t in _ffi.targets()]
+    products = [n for n in names if "gemm" in n and "accum" not in n]
+    counts = ", ".join(f"{name} {len(_ffi.configs(name))}" for name in products)
     yield Finding("configurations", counts)
 
 

@@ -20,7 +20,7 @@ from jax.interpreters import partial_eval
 from .. import _ffi
 from .._autocast import planner as prods
 from .._autocast.autocast import FP8_SCOPE, KEPT_SCOPE, AutocastPolicy, Traced, fp8_scope
-from ..kernels.gemm import TMA_STRIDE
+from ..ops._traffic import EXPLAINED
 from .roofline import Device, device, here, nbytes
 from .tune import config_index, product_of_call
 
@@ -218,40 +218,17 @@ def readable_time(seconds: float) -> str:
 # Kernels
 # ------------------------------------------------------------------------------------------------
 
-_XLA_NAMES = {
-    "float8_e4m3fn": "f8e4m3fn",
-    "float8_e5m2": "f8e5m2",
-    "bfloat16": "bf16",
-    "float16": "f16",
-    "float32": "f32",
-    "int32": "s32",
-}
-
 
 @functools.lru_cache(maxsize=4096)
 def _launch(
-    target: str, operands: tuple, results: tuple, config: int, num_sms: int, sms: int
+    name: str, operands: tuple, results: tuple, config: int, num_sms: int, sms: int
 ) -> tuple:
     """Kernel, configuration and grid of a custom call on a GPU with `sms` multiprocessors."""
-
-    def plan(config):
-        return _ffi._C.plan(
-            target, operands, results, config=config, num_sms=num_sms, device_sms=sms
-        )
-
-    chosen = plan(config)
-    for i, name in enumerate(_ffi._C.configs(target)):
-        try:
-            other = plan(i)
-        except ValueError:  # a configuration without a kernel for these types
-            continue
-        if (other.kernel, other.cluster) == (chosen.kernel, chosen.cluster):
-            return chosen.kernel, name, chosen.grid
-    return chosen.kernel, f"cluster {'x'.join(map(str, chosen.cluster[:2]))}", chosen.grid
+    plan = _ffi.plan(name, operands, results, config=config, num_sms=num_sms, device_sms=sms)
+    return plan.kernel, _ffi.configs(name)[plan.config], plan.grid
 
 
-def _padded(shape):
-    return (*shape[:-1], -(-shape[-1] // TMA_STRIDE) * TMA_STRIDE)
+_EXPLAINED = re.compile(rf"{re.escape(EXPLAINED)}\[([^\]]*)\]")
 
 
 class _Walk:
@@ -270,6 +247,7 @@ class _Walk:
         for i, eqn in enumerate(jaxpr.eqns):
             name, item = eqn.primitive.name, items.get(i)
             here = prods.join_scopes(scope, str(eqn.source_info.name_stack))
+            self.notes |= dict.fromkeys(_EXPLAINED.findall(here))
             if name.startswith("jaxfp8_") and name.endswith("_leaf"):
                 self.leaf(eqn, name.removeprefix("jaxfp8_").removesuffix("_leaf"), here, repeats)
             elif name in ("dot_general", "ragged_dot_general"):
@@ -339,13 +317,12 @@ class _Walk:
     def launch(self, eqn, name, operands, results):
         if any(0 in shape for shape, _ in operands + results):
             return "none", "empty", ()
-        shapes = [(_padded(s) if i in (0, 2) else s, d) for i, (s, d) in enumerate(operands)]
         accum = len(operands) > 4 and operands[-1] == results[0]
         try:
             return _launch(
-                _ffi.target(f"{name}_accum" if accum else name),
-                tuple((_XLA_NAMES[d.name], s) for s, d in shapes),
-                tuple((_XLA_NAMES[d.name], s) for s, d in results),
+                f"{name}_accum" if accum else name,
+                tuple(operands),
+                tuple(results),
                 self.config(eqn, name),
                 int(eqn.params["num_sms"]),
                 self.device.sms,

@@ -130,7 +130,7 @@ def product_of_call(kind: str, operands, out_dtype, num_sms: int) -> Product | N
 @functools.cache
 def config_names(kind: str) -> tuple[str, ...]:
     """Readable names of a kernel's configurations, such as "m128n128 cluster 2x1": tile rows, columns, cluster."""
-    return tuple(_ffi._C.configs(_ffi.target(kind)))
+    return _ffi.configs(kind)
 
 
 def check_config(function: str, config: Any, kind: str) -> None:
@@ -348,38 +348,15 @@ def _operands(product: Product, seed: int) -> list[jax.Array]:
     return [draw(t) for t in _operand_types(p)]
 
 
-_PLAN_DTYPES = {
-    "float8_e4m3fn": "f8e4m3fn",
-    "float8_e5m2": "f8e5m2",
-    "bfloat16": "bf16",
-    "float32": "f32",
-    "int32": "s32",
-}
-
-
 def heuristic_config(product: Product, device_sms: int) -> str:
     """What the native side's heuristic chooses on a device of this many multiprocessors."""
-    # The copy engine's stride: the lowering pads the contraction to 16.
-    p = dataclasses.replace(product, k=product.k + -product.k % 16)
+    p = product
     shape = (p.m, p.n) if p.kind == "grouped_gemm" else (p.groups, p.m, p.n)
-    operands = [(_PLAN_DTYPES[t.dtype.name], t.shape) for t in _operand_types(p)]
-    results = [(_PLAN_DTYPES[p.out_dtype], shape)]
-
-    def plan(config):
-        return str(
-            _ffi._C.plan(
-                _ffi.target(p.target),
-                operands,
-                results,
-                config=config,
-                num_sms=min(p.num_sms, device_sms),
-                device_sms=device_sms,
-            )
-        )
-
-    chosen = plan(-1)
-    allowed = _allowed(product, device_sms)
-    return next(c for c in allowed if plan(p.configs.index(c)) == chosen)
+    operands = [(t.shape, t.dtype) for t in _operand_types(p)]
+    plan = _ffi.plan(
+        p.target, operands, [(shape, p.out_dtype)], num_sms=p.num_sms, device_sms=device_sms
+    )
+    return p.configs[plan.config]
 
 
 def _allowed(product: Product, device_sms: int) -> list[str]:

@@ -14,6 +14,7 @@ from .._arrays import checks
 from .._arrays.blocks import BLOCK
 from .._arrays.quantized_array import QuantizedArray
 from .._arrays.recipe import check_num_sms, current_recipe
+from .._ffi import CONTRACTION_STEP
 from .._primitives.leaf import Leaf, once
 from .._primitives.operation import Call
 from .._primitives.partition import Kernel, arrange, restore
@@ -23,9 +24,6 @@ from .quantize import ROW, ROW_SCALE, SQUARE, Named, dequantize_blocks
 # --------------------------------------------------------------------------------------------------
 # Leaves: (1 or G, M, K) . (G, N, K) -> (G, M, N)
 # --------------------------------------------------------------------------------------------------
-
-TMA_STRIDE = 16
-"""Bytes of which a row of FP8 data must be a multiple for the tensor copy engine (cuTensorMapEncodeTiled)."""
 
 
 def contract(lhs, rhs):
@@ -57,7 +55,7 @@ def _reference(rhs_block):
 
 def _pad_rows(data):
     """FP8 data with zeros after each row, up to the copy engine's stride."""
-    pad = -data.shape[-1] % TMA_STRIDE
+    pad = -data.shape[-1] % CONTRACTION_STEP
     if not pad:
         return data
     bits = lax.bitcast_convert_type(data, jnp.uint8)

@@ -54,6 +54,7 @@ _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
 _DYNAMIC_SMEM = 8
 _CLUSTER_DIMENSION = 4
 _TENSOR_MAP_TYPES = {0: "uint8", 7: "float32", 9: "bfloat16"}
+_TENSOR_MAP_BYTES = 128
 _SWIZZLES = (0, 32, 64, 128)
 _POISON = 0xFF  # NaN in every float type
 
@@ -435,6 +436,11 @@ class EmulatedDriver:
     @staticmethod
     def _argument(call: _Call, parameter, address: int) -> bytes:
         raw = ctypes.string_at(address, parameter.size)
-        if parameter.size != 8:
+        if parameter.size in (4, _TENSOR_MAP_BYTES):
             return raw
-        return call.translate(int.from_bytes(raw, "little")).to_bytes(8, "little")
+        # An address, or a struct that begins with addresses; integers of buffers' sizes stay.
+        words = [raw[i : i + 8] for i in range(0, len(raw), 8)]
+        return b"".join(
+            call.translate(int.from_bytes(word, "little")).to_bytes(len(word), "little")
+            for word in words
+        )

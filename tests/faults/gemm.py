@@ -9,8 +9,8 @@ from tests.faults.ptx import WRONG_RESULT, NoMatch, Ptx, planted
 
 # ---- Barriers of the ring of stages and of the mailbox
 
-# Parameters, counted from the last: gemm/args.h.
-M, N, GROUPS, RHS_GROUP_ROWS = -12, -11, -10, -5
+# Fields of GemmParams: csrc/kernels/gemm/args.h.
+M, N, GROUPS, RHS_GROUP_ROWS = "m", "n", "groups", "rhs_group_rows"
 
 EXPECT_TX = r"\bmbarrier\.arrive\.expect_tx\b"
 CP_ASYNC = r"\bcp\.async\.ca\.shared\.global\b"
@@ -723,7 +723,7 @@ def _(ptx):
     ptx.replace(ptx.one(rf"\badd\.s32\s+%\w+, {ptx.parameter(GROUPS)}, 1;"), ", 1;", ", 0;")
 
 
-def first_entry(ptx: Ptx, path: str, field: str, parameter: int):
+def first_entry(ptx: Ptx, path: str, field: str, parameter: str):
     """Rows of every group or batch entry begin where the first one's do."""
     rows = ptx.parameter(parameter)
     ptx.replace(sent(ptx, path, field), rf"(\bmad\.lo\.s32\s+%\w+, %\w+), {rows},", r"\1, 0,")
@@ -941,7 +941,8 @@ def _(ptx):
 
 # ---- Batches, accumulation, bands, the larger tiles
 
-LHS_GROUP_ROWS, CLUSTER_M, CLUSTER_N, BAND = -6, -4, -3, -2
+LHS_GROUP_ROWS, CLUSTER_M, CLUSTER_N = "lhs_group_rows", "cluster_m", "cluster_n"
+BAND = "band"
 
 
 def received(ptx: Ptx, warp: str, field: str) -> int:
@@ -960,8 +961,7 @@ def received(ptx: Ptx, warp: str, field: str) -> int:
 
 def flag(ptx: Ptx, bit: int) -> list[int]:
     """Where a flag of the arguments is tested."""
-    count = len(ptx.all(r"^\s*\.param\b"))
-    registers = [ptx.operands(i)[0] for i in ptx.all(rf"ld\.param\.u32\s.*_param_{count - 1}\]")]
+    registers = ptx.parameters("flags")
     return ptx.all(rf"\band\.b32\s+%\w+, ({'|'.join(registers)}), {bit};")
 
 
@@ -1061,7 +1061,7 @@ def _(ptx):
 @planted("bands", "the last band is as wide as the others", WRONG_RESULT)
 def _(ptx):
     band = ptx.parameter(BAND)
-    for place in ptx.all(rf"\bmin\.u32\s+%\w+, %\w+, {band};", least=2):
+    for place in ptx.all(rf"\bmin\.u32\s+%\w+, (?:%\w+, {band}|{band}, %\w+);", least=2):
         ptx.set(place, band)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
 WRONG_RESULT = "wrong result"
 
 
@@ -20,6 +23,18 @@ def kernel_text(module: str, kernel: str) -> str:
         if re.match(rf"\.visible \.entry {kernel}\(", module[start:end]):
             return module[: starts[0]] + module[start:end]
     raise NoMatch(f"no kernel {kernel}")
+
+
+@functools.cache
+def gemm_params() -> dict[str, int]:
+    """Offset in bytes of each field of GemmParams."""
+    header = (ROOT / "csrc/kernels/gemm/args.h").read_text()
+    struct = re.search(r"struct GemmParams \{(.*?)\n\};", header, re.S)[1]
+    offsets, end = {}, 0
+    for type_, name in re.findall(r"^\s*(const \w+\*|void\*|int32_t) (\w+);", struct, re.M):
+        offsets[name] = end
+        end += 8 if type_.endswith("*") else 4
+    return offsets
 
 
 @dataclass(frozen=True)
@@ -93,10 +108,23 @@ class Ptx:
         found = [i for i in self.all(pattern) if before is None or i < before]
         return found[-1] if found else self._none(pattern, f"before line {before}")
 
-    def parameter(self, index: int) -> str:
-        """The register that a parameter is loaded into. Negative indices count from the last."""
-        count = len(self.all(r"^\s*\.param\b"))
-        return self.operands(self.one(rf"ld\.param\.u\d+\s.*_param_{index % count}\]"))[0]
+    def parameters(self, field: str) -> list[str]:
+        """The registers that a field of a GEMM kernel's GemmParams is loaded into."""
+        offset, found = gemm_params()[field], []
+        for place in self.all(r"ld\.param\.(?:v[24]\.)?u32\s.*_param_3\+\d+\]"):
+            registers = [r for r in self.operands(place) if r.startswith("%")]
+            first = int(re.search(r"\+(\d+)\]", self.lines[place])[1])
+            index, rest = divmod(offset - first, 4)
+            if rest == 0 and 0 <= index < len(registers):
+                found.append(registers[index])
+        return found
+
+    def parameter(self, field: str) -> str:
+        """The register of a field that is loaded once."""
+        found = self.parameters(field)
+        if len(found) != 1:
+            raise NoMatch(f"{field} is loaded {len(found)} times")
+        return found[0]
 
     # --- barriers of the GEMM kernels: ring.cuh, schedule.cuh
 

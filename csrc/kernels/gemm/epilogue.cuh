@@ -16,7 +16,7 @@
 #include "../../ptx/copy.cuh"
 #include "../../ptx/global.cuh"
 #include "../../ptx/sync.cuh"
-#include "args.h"
+#include "args.cuh"
 #include "schedule.cuh"
 
 namespace jaxfp8 {

@@ -81,20 +81,14 @@ __device__ __forceinline__ void gemm(const GemmArgs& args) {
   }
 }
 
-#define JAXFP8_GEMM(name, ...)                                                                     \
-  extern "C" __global__ void __launch_bounds__(jaxfp8::Tile<__VA_ARGS__>::kThreads, 1)             \
-      name(const __grid_constant__ jaxfp8::ptx::TensorMap lhs_map,                                 \
-           const __grid_constant__ jaxfp8::ptx::TensorMap rhs_map,                                 \
-           const __grid_constant__ jaxfp8::ptx::TensorMap out_map, const float* lhs_scale,         \
-           const float* rhs_scale, const int32_t* group_sizes, void* out, int32_t mode, int32_t m, \
-           int32_t n, int32_t groups, int32_t k_blocks, int32_t lhs_rows, int32_t rhs_rows,        \
-           int32_t lhs_group_rows, int32_t rhs_group_rows, int32_t cluster_m, int32_t cluster_n,   \
-           int32_t band, int32_t flags) {                                                          \
-    jaxfp8::gemm<jaxfp8::Tile<__VA_ARGS__>>(                                                       \
-        {&lhs_map,       &rhs_map,  &out_map,  lhs_scale, rhs_scale,                               \
-         group_sizes,    out,       mode,      m,         n,                                       \
-         groups,         k_blocks,  lhs_rows,  rhs_rows,  lhs_group_rows,                          \
-         rhs_group_rows, cluster_m, cluster_n, band,      flags});                                 \
+// JAXFP8_GEMM(name of the kernel, arguments of Tile)
+#define JAXFP8_GEMM(name, ...)                                                         \
+  extern "C" __global__ void __launch_bounds__(jaxfp8::Tile<__VA_ARGS__>::kThreads, 1) \
+      name(const __grid_constant__ jaxfp8::ptx::TensorMap lhs_map,                     \
+           const __grid_constant__ jaxfp8::ptx::TensorMap rhs_map,                     \
+           const __grid_constant__ jaxfp8::ptx::TensorMap out_map,                     \
+           const __grid_constant__ jaxfp8::GemmParams params) {                        \
+    jaxfp8::gemm<jaxfp8::Tile<__VA_ARGS__>>({params, &lhs_map, &rhs_map, &out_map});   \
   }
 
 }  // namespace jaxfp8

@@ -1,26 +1,16 @@
-// The 1d1d products with f32 output: scales_1d1d.cuh.
+// The 1d1d products with float32 output: scales_1d1d.cuh, tiles.h.
 #include "scales_1d1d.cuh"
+#include "tiles.h"
 
 using jaxfp8::F32;
 using jaxfp8::OuterScales;
 using jaxfp8::ptx::E4M3;
 using jaxfp8::ptx::E5M2;
 
-// Rows, columns, warpgroups side by side, accumulator sets.
-JAXFP8_GEMM(gemm_1d1d_m64n64_e4m3_e4m3_f32, 64, 64, 1, 1, OuterScales, E4M3, E4M3, F32)
-JAXFP8_GEMM(gemm_1d1d_m128n128_e4m3_e4m3_f32, 128, 128, 1, 2, OuterScales, E4M3, E4M3, F32)
-JAXFP8_GEMM(gemm_1d1d_m128n192_e4m3_e4m3_f32, 128, 192, 1, 1, OuterScales, E4M3, E4M3, F32)
-JAXFP8_GEMM(gemm_1d1d_m128n96x2_e4m3_e4m3_f32, 128, 192, 2, 2, OuterScales, E4M3, E4M3, F32)
-JAXFP8_GEMM(gemm_1d1d_m256n128_e4m3_e4m3_f32, 256, 128, 1, 1, OuterScales, E4M3, E4M3, F32)
-
+#define KERNEL(tile, m, n, warpgroups_n, sets, lhs, Lhs, rhs, Rhs)                                \
+  JAXFP8_GEMM(gemm_1d1d_##tile##_##lhs##_##rhs##_f32, m, n, warpgroups_n, sets, OuterScales, Lhs, \
+              Rhs, F32)
+JAXFP8_OUTER_SCALE_TILES(KERNEL, e4m3, E4M3, e4m3, E4M3)
 // Gradients in E5M2 as lhs or as rhs.
-JAXFP8_GEMM(gemm_1d1d_m64n64_e5m2_e4m3_f32, 64, 64, 1, 1, OuterScales, E5M2, E4M3, F32)
-JAXFP8_GEMM(gemm_1d1d_m128n128_e5m2_e4m3_f32, 128, 128, 1, 2, OuterScales, E5M2, E4M3, F32)
-JAXFP8_GEMM(gemm_1d1d_m128n192_e5m2_e4m3_f32, 128, 192, 1, 1, OuterScales, E5M2, E4M3, F32)
-JAXFP8_GEMM(gemm_1d1d_m128n96x2_e5m2_e4m3_f32, 128, 192, 2, 2, OuterScales, E5M2, E4M3, F32)
-JAXFP8_GEMM(gemm_1d1d_m256n128_e5m2_e4m3_f32, 256, 128, 1, 1, OuterScales, E5M2, E4M3, F32)
-JAXFP8_GEMM(gemm_1d1d_m64n64_e4m3_e5m2_f32, 64, 64, 1, 1, OuterScales, E4M3, E5M2, F32)
-JAXFP8_GEMM(gemm_1d1d_m128n128_e4m3_e5m2_f32, 128, 128, 1, 2, OuterScales, E4M3, E5M2, F32)
-JAXFP8_GEMM(gemm_1d1d_m128n192_e4m3_e5m2_f32, 128, 192, 1, 1, OuterScales, E4M3, E5M2, F32)
-JAXFP8_GEMM(gemm_1d1d_m128n96x2_e4m3_e5m2_f32, 128, 192, 2, 2, OuterScales, E4M3, E5M2, F32)
-JAXFP8_GEMM(gemm_1d1d_m256n128_e4m3_e5m2_f32, 256, 128, 1, 1, OuterScales, E4M3, E5M2, F32)
+JAXFP8_OUTER_SCALE_TILES(KERNEL, e5m2, E5M2, e4m3, E4M3)
+JAXFP8_OUTER_SCALE_TILES(KERNEL, e4m3, E4M3, e5m2, E5M2)

@@ -16,7 +16,7 @@ template <class Tile>
 struct Loader {
   const GemmArgs& args;
   typename Tile::Stages stages;
-  uint32_t lhs, rhs;     // where this CTA's part of the operands goes in stage 0
+  uint32_t lhs_address, rhs_address;  // where this CTA's part of the operands goes in stage 0
   int lhs_row, rhs_row;  // where that part begins, from the tile's first row and column
   int stage_bytes;
 
@@ -29,8 +29,8 @@ struct Loader {
     const uint16_t cluster = (1 << args.cluster_m * args.cluster_n) - 1;
     for (int b = 0; b < work.k_blocks; ++b, stages.advance()) {
       const int x = (work.k_block + b) * kBlockK;
-      const uint32_t lhs_stage = lhs + stages.slot * Tile::kLhsBytes;
-      const uint32_t rhs_stage = rhs + stages.slot * Tile::kRhsBytes;
+      const uint32_t lhs_stage = lhs_address + stages.slot * Tile::kLhsBytes;
+      const uint32_t rhs_stage = rhs_address + stages.slot * Tile::kRhsBytes;
       stages.wait_empty();
       if (ptx::elect()) {
         ptx::mbarrier_arrive_expect_tx(stages.full(), stage_bytes);
@@ -52,13 +52,14 @@ __device__ void load_operands(const GemmArgs& args, uint32_t shared, Mailbox mai
   const LhsCopies lhs_copies(Tile::kBlockM, Tile::kOuterScales, args.cluster_n, args.lhs_rows);
   const int lhs_row = args.cluster_n > 1 ? rank * lhs_copies.part : 0;
   const int rhs_row = args.cluster_m > 1 ? rank * (Tile::kBlockN / args.cluster_m) : 0;
-  Loader<Tile> loader = {args,
-                         stages,
-                         shared + lhs_row * kBlockK,
-                         shared + Tile::kRhs + rhs_row * kBlockK,
-                         lhs_row,
-                         rhs_row,
-                         args.cluster_n * lhs_copies.box * kBlockK + Tile::kRhsBytes};
+  Loader<Tile> loader = {
+      .args = args,
+      .stages = stages,
+      .lhs_address = shared + lhs_row * kBlockK,
+      .rhs_address = shared + Tile::kRhsOffset + rhs_row * kBlockK,
+      .lhs_row = lhs_row,
+      .rhs_row = rhs_row,
+      .stage_bytes = args.cluster_n * lhs_copies.box * kBlockK + Tile::kRhsBytes};
 
   ptx::cluster_wait();
   for (;;) {
@@ -89,7 +90,7 @@ __device__ void load_scales(const GemmArgs& args, uint32_t shared, Mailbox mailb
     typename Tile::Scales::Source source(args, work, lane);
     for (int b = 0; b < work.k_blocks; ++b, stages.advance()) {
       stages.wait_empty();
-      source.load_next(shared + Tile::kScale + stages.slot * Tile::kScaleBytes, lane);
+      source.load_next(shared + Tile::kScaleOffset + stages.slot * Tile::kScaleBytes, lane);
       ptx::cp_async_mbarrier_arrive(stages.full());
     }
   }

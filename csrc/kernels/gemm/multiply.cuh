@@ -13,17 +13,16 @@
 namespace jaxfp8 {
 
 // The products of one 128-wide block of one 64-row wave: four wgmma, one commit group.
-// `lhs`, `rhs`: descriptors.
 template <class Tile>
-__device__ __forceinline__ void issue_products(float (&acc)[Tile::kSums], uint64_t lhs,
-                                               uint64_t rhs) {
+__device__ __forceinline__ void issue_products(float (&acc)[Tile::kSums], uint64_t lhs_descriptor,
+                                               uint64_t rhs_descriptor) {
   constexpr uint64_t kStep = ptx::matrix_units(32);  // of the contraction, for one wgmma
   ptx::pin_registers(acc);
   ptx::wgmma_fence();
 #pragma unroll
   for (int k = 0; k < kBlockK / 32; ++k) {
-    ptx::Wgmma<typename Tile::Lhs, typename Tile::Rhs, Tile::kSums>::mma(acc, lhs + k * kStep,
-                                                                         rhs + k * kStep, k > 0);
+    ptx::Wgmma<typename Tile::Lhs, typename Tile::Rhs, Tile::kSums>::mma(
+        acc, lhs_descriptor + k * kStep, rhs_descriptor + k * kStep, k > 0);
   }
   ptx::wgmma_commit_group();
   ptx::pin_registers(acc);
@@ -31,7 +30,7 @@ __device__ __forceinline__ void issue_products(float (&acc)[Tile::kSums], uint64
 
 // Where a math warp finds what it needs of a stage.
 struct Block {
-  uint64_t lhs, rhs;  // descriptors of the warpgroup's first rows
+  uint64_t lhs_descriptor, rhs_descriptor;  // of the warpgroup's first rows
   uint32_t scales;
   uint32_t released;  // lane i: barrier `empty` in CTA i of the cluster
 };
@@ -49,17 +48,21 @@ struct Consumer {
 
   const GemmArgs& args;
   typename Tile::Stages stages;
-  uint32_t lhs, rhs, scales, released;  // Block's, of stage 0; lhs and rhs in a descriptor's units
-  int row, col;                         // of the tile, this warp's first
+  uint32_t lhs_units, rhs_units;  // Block's, of stage 0, in a descriptor's units
+  uint32_t scales, released;      // Block's, of stage 0
+  int row, col;                   // of the tile, this warp's first
   int lane;
   int tile_col = 0;  // of the output, the tile's first
 
   // Of the current stage.
   __device__ __forceinline__ Block block() const {
     const uint32_t slot = stages.slot;
-    return {ptx::matrix_descriptor(lhs + slot * ptx::matrix_units(Tile::kLhsBytes)),
-            ptx::matrix_descriptor(rhs + slot * ptx::matrix_units(Tile::kRhsBytes)),
-            scales + slot * Tile::kScaleBytes, released + slot * 8};
+    return {.lhs_descriptor =
+                ptx::matrix_descriptor(lhs_units + slot * ptx::matrix_units(Tile::kLhsBytes)),
+            .rhs_descriptor =
+                ptx::matrix_descriptor(rhs_units + slot * ptx::matrix_units(Tile::kRhsBytes)),
+            .scales = scales + slot * Tile::kScaleBytes,
+            .released = released + slot * 8};
   }
 
   __device__ __forceinline__ float2 row_scales(const Block& block, int wave) const {
@@ -70,7 +73,8 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void issue(Sums& acc, const Block& block, int wave) {
-    issue_products<Tile>(acc, block.lhs + wave * ptx::matrix_units(64 * kBlockK), block.rhs);
+    issue_products<Tile>(acc, block.lhs_descriptor + wave * ptx::matrix_units(64 * kBlockK),
+                         block.rhs_descriptor);
   }
 
   __device__ __forceinline__ void finish(Sums& acc) {
@@ -242,15 +246,15 @@ __device__ void compute(const GemmArgs& args, uint32_t shared, Mailbox mailbox,
   const int first_col = warpgroup % Tile::kLayout.warpgroups_n * Tile::kCols;
   const int cluster_size = args.cluster_m * args.cluster_n;
   Consumer<Tile> consumer = {
-      args,
-      stages,
-      ptx::matrix_units(shared + first_row * kBlockK),
-      ptx::matrix_units(shared + Tile::kRhs + first_col * kBlockK),
-      shared + Tile::kScale,
-      ptx::mapa(stages.barriers + 8 * Tile::kStages, lane < cluster_size ? lane : 0),
-      first_row + warp * 16,
-      first_col,
-      lane};
+      .args = args,
+      .stages = stages,
+      .lhs_units = ptx::matrix_units(shared + first_row * kBlockK),
+      .rhs_units = ptx::matrix_units(shared + Tile::kRhsOffset + first_col * kBlockK),
+      .scales = shared + Tile::kScaleOffset,
+      .released = ptx::mapa(stages.barriers + 8 * Tile::kStages, lane < cluster_size ? lane : 0),
+      .row = first_row + warp * 16,
+      .col = first_col,
+      .lane = lane};
   const Staging<Tile> staging = {
       shared + Tile::kLayout.staging_offset() +
           (warpgroup * 4 + warp) * Tile::kLayout.staging_bytes_per_warp(),

@@ -24,7 +24,7 @@ constexpr bool kHasOuterScales<OuterScales> = true;
 template <class Tile>
 struct OuterScales {
   // A stage: lhs scales in RowScales' order | rhs scales in ColumnScales' order.
-  static constexpr int kRhs = Tile::kBlockM * 4;
+  static constexpr int kRhsOffset = Tile::kBlockM * 4;
   static constexpr bool kHold = Tile::kWaves == 2 && Tile::kCols <= 96;  // else too many registers
   static constexpr bool kPromotionReadsStage = !kHold;
   static constexpr bool kReadFirst = false;
@@ -39,26 +39,26 @@ struct OuterScales {
 
   // Warp 2: the scales of one block of the contraction after another.
   struct Source {
-    RowScales<Tile::kBlockM> lhs;
-    const float* rhs;  // of this lane's first column
+    RowScales<Tile::kBlockM> lhs_scales;
+    const float* rhs_scales;  // of this lane's first column
     int64_t stride;
     uint32_t target;
     int columns;  // from the lane's first on
 
     __device__ Source(const GemmArgs& args, const Work& work, int lane)
-        : lhs(args.lhs_scale, args.lhs_rows, work.lhs_row, work.k_block, lane),
-          rhs(args.rhs_scale + int64_t{work.k_block} * args.rhs_rows + work.rhs_row + lane),
+        : lhs_scales(args.lhs_scale, args.lhs_rows, work.lhs_row, work.k_block, lane),
+          rhs_scales(args.rhs_scale + int64_t{work.k_block} * args.rhs_rows + work.rhs_row + lane),
           stride(args.rhs_rows),
-          target(kRhs + 4 * place(lane)),
+          target(kRhsOffset + 4 * place(lane)),
           columns(args.rhs_rows - work.rhs_row - lane) {}
 
     __device__ void load_next(uint32_t stage, int lane) {
-      lhs.load_next(stage);
+      lhs_scales.load_next(stage);
 #pragma unroll
       for (int i = 0; i < Tile::kBlockN; i += 32) {
-        ptx::cp_async_4(stage + target + 4 * i, rhs + i, i < columns ? 4 : 0);
+        ptx::cp_async_4(stage + target + 4 * i, rhs_scales + i, i < columns ? 4 : 0);
       }
-      rhs += stride;
+      rhs_scales += stride;
     }
   };
   static_assert(Tile::kBlockN % 32 == 0);
@@ -72,7 +72,7 @@ struct OuterScales {
 
     // `col`: of the tile, the warpgroup's first.
     __device__ __forceinline__ Columns(uint32_t stage, int col, int /*tile_col*/, int lane)
-        : address(stage + kRhs + 4 * col + lane % 4 * 16) {
+        : address(stage + kRhsOffset + 4 * col + lane % 4 * 16) {
       if constexpr (kHold) {
 #pragma unroll
         for (int i = 0; i < Tile::kCols / 16; ++i) held[i] = ptx::load_shared_f4(address + 64 * i);

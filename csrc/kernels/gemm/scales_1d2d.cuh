@@ -22,31 +22,32 @@ struct BlockScales {
   static constexpr int kScales = Tile::kLayout.warpgroup_scales();
 
   // A stage: lhs scales in RowScales' order | each warpgroup's rhs scales.
-  static constexpr int kRhs = Tile::kBlockM * 4;
+  static constexpr int kRhsOffset = Tile::kBlockM * 4;
   static constexpr bool kPromotionReadsStage = false;
   static constexpr bool kReadFirst = Tile::kWaves == 2;  // measured: benchmarks/NOTES.md
   static constexpr int kUnroll = 4;  // of the contraction's blocks, with one accumulator set
 
   // Warp 2: the scales of one block of the contraction after another.
   struct Source {
-    RowScales<Tile::kBlockM> lhs;
-    const float* rhs;  // this lane's
+    RowScales<Tile::kBlockM> lhs_scales;
+    const float* rhs_scales;  // this lane's
     bool has_rhs, rhs_inside;
 
     __device__ Source(const GemmArgs& args, const Work& work, int lane)
-        : lhs(args.lhs_scale, args.lhs_rows, work.lhs_row, work.k_block, lane) {
+        : lhs_scales(args.lhs_scale, args.lhs_rows, work.lhs_row, work.k_block, lane) {
       const int blocks = ceil_div(args.n, 128);
       const int col = lane / kScales * Tile::kCols + lane % kScales * (Tile::kCols - kSegment);
       const int block = (work.col + col) / 128;
       has_rhs = lane < Tile::kLayout.rhs_scales();
       rhs_inside = block < blocks;
-      rhs = args.rhs_scale + (int64_t{work.group} * blocks + block) * args.k_blocks + work.k_block;
+      rhs_scales =
+          args.rhs_scale + (int64_t{work.group} * blocks + block) * args.k_blocks + work.k_block;
     }
 
     __device__ void load_next(uint32_t stage, int lane) {
-      lhs.load_next(stage);
-      if (has_rhs) ptx::cp_async_4(stage + kRhs + 4 * lane, rhs, rhs_inside ? 4 : 0);
-      ++rhs;
+      lhs_scales.load_next(stage);
+      if (has_rhs) ptx::cp_async_4(stage + kRhsOffset + 4 * lane, rhs_scales, rhs_inside ? 4 : 0);
+      ++rhs_scales;
     }
   };
 
@@ -60,7 +61,7 @@ struct BlockScales {
 
     // `col`: of the tile, the warpgroup's first; `tile_col`: of the output, the tile's.
     __device__ __forceinline__ Columns(uint32_t stage, int col, int tile_col, int lane) {
-      const uint32_t scale = stage + kRhs + 4 * kScales * (col / Tile::kCols);
+      const uint32_t scale = stage + kRhsOffset + 4 * kScales * (col / Tile::kCols);
       if constexpr (kScales == 1) {
         first = last = ptx::load_shared_f1(scale);
       } else {

@@ -20,7 +20,8 @@
 #include <cstdint>
 
 #include "../../ptx/sync.cuh"
-#include "args.h"
+#include "../ceil_div.h"
+#include "args.cuh"
 #include "ring.cuh"
 
 namespace jaxfp8 {
@@ -64,8 +65,14 @@ struct Mailbox {
     const uint32_t slot = slots + ring.slot * sizeof(Work);
     const int4 a = ptx::load_shared_i4(slot);
     const int4 b = ptx::load_shared_i4(slot + 16);
-    const Work work = {uniform(a.x), uniform(a.y), uniform(a.z), uniform(a.w),
-                       uniform(b.x), uniform(b.y), uniform(b.z), uniform(b.w)};
+    const Work work = {.lhs_row = uniform(a.x),
+                       .rhs_row = uniform(a.y),
+                       .out_row = uniform(a.z),
+                       .col = uniform(a.w),
+                       .rows = uniform(b.x),
+                       .k_block = uniform(b.y),
+                       .k_blocks = uniform(b.z),
+                       .group = uniform(b.w)};
     if (lane == 0) ptx::mbarrier_arrive(ring.empty());
     ring.advance();
     return work;
@@ -73,8 +80,6 @@ struct Mailbox {
 
   __device__ static int uniform(int x) { return __reduce_or_sync(~0u, static_cast<unsigned>(x)); }
 };
-
-__device__ inline int ceil_div(int a, int b) { return a / b + (a % b != 0); }
 
 // Sum of `x` over this lane and those before it, not above `limit`.
 __device__ inline uint32_t prefix_sum(uint32_t x, uint32_t limit, int lane) {
@@ -196,9 +201,14 @@ __device__ void schedule(const GemmArgs& args, Mailbox mailbox, int lane) {
     const int tile_n = band * args.band + in_band - tile_m * width;
     const int row = ((tile_m << shift_m) + rank_m) * Tile::kBlockM;
     const int col = ((tile_n << shift_n) + rank_n) * Tile::kBlockN;
-    send({segment.lhs_row + row, segment.group * args.rhs_group_rows + col, segment.out_row + row,
-          col, min(segment.rows - row, Tile::kBlockM), segment.k_block, segment.k_blocks,
-          segment.group});
+    send({.lhs_row = segment.lhs_row + row,
+          .rhs_row = segment.group * args.rhs_group_rows + col,
+          .out_row = segment.out_row + row,
+          .col = col,
+          .rows = min(segment.rows - row, Tile::kBlockM),
+          .k_block = segment.k_block,
+          .k_blocks = segment.k_blocks,
+          .group = segment.group});
   };
 
   uint32_t tile = blockIdx.x >> (shift_m + shift_n);
@@ -230,7 +240,7 @@ __device__ void schedule(const GemmArgs& args, Mailbox mailbox, int lane) {
       begin = __shfl_sync(~0u, end, 31);
     }
   }
-  send({0, 0, 0, 0, 0, 0, Work::kEnd, 0});
+  send({.k_blocks = Work::kEnd});
 }
 
 }  // namespace jaxfp8

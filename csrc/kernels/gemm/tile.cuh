@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "args.h"
+#include "args.cuh"
 #include "ring.cuh"
 
 namespace jaxfp8 {
@@ -36,8 +36,8 @@ struct Tile {
   static constexpr int kRhsBytes = kLayout.rhs_bytes();
   static constexpr int kScaleBytes = kLayout.scale_bytes();
   static constexpr int kStages = kLayout.stages();
-  static constexpr int kRhs = kLayout.rhs_offset();
-  static constexpr int kScale = kLayout.scale_offset();
+  static constexpr int kRhsOffset = kLayout.rhs_offset();
+  static constexpr int kScaleOffset = kLayout.scale_offset();
   using Stages = Ring<kStages>;
 
   static_assert(kRows % 64 == 0 && kMathWarpgroups % kWarpgroupsN == 0);

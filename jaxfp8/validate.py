@@ -124,19 +124,19 @@ def quantization_report(
     """
     least = 2 if tuple(block) == SQUARE else 1
     leaves = []
+    empty = False
     for path, x in jax.tree.leaves_with_path(tree):
-        if (
-            not hasattr(x, "dtype")
-            or not jnp.issubdtype(x.dtype, jnp.floating)
-            or x.ndim < least
-            or not x.size
-        ):
+        if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating) or x.ndim < least:
+            continue
+        if not x.size:
+            empty = True
             continue
         name = jax.tree_util.keystr(path, simple=True, separator=".") or "array"
         leaves.append(_leaf_report(name, x, quantize(x, block, recipe=recipe)))
     if not leaves:
+        what = f"floating-point array of {least} or more axes"
         raise ValueError(
-            f"quantization_report: tree has no floating-point array of {least} or more axes"
+            f"quantization_report: {f'each {what} of tree is empty' if empty else f'tree has no {what}'}"
         )
     return Report(tuple(leaves))
 
@@ -222,7 +222,11 @@ def _two_products(operation, arrays, call: Call):
         return product(x, w, *sizes, *copies, call=made_of)
 
     (h,) = multiply(x, up, copies, call.get("hidden_dtype"), "w_up")
-    activation = _ACTIVATIONS[call.get("activation")]
+    activation = _ACTIVATIONS.get(name := call.get("activation"))
+    if activation is None:
+        raise NotImplementedError(
+            f"compare: no reference for activation {name!r}; there is one for {', '.join(_ACTIVATIONS)}"
+        )
     if gated:
         gate, h = jnp.split(h.astype(jnp.float32), 2, axis=-1)
         a = activation(gate) * h

@@ -201,3 +201,13 @@ def test_quantized_array_is_a_pytree_with_a_helpful_repr():
     shapes = jax.eval_shape(lambda x: jaxfp8.quantize(x), jnp.zeros((300, 257)))
     assert repr(shapes) == repr(q)
     assert "None" in repr(jax.tree.map(lambda _: None, q))
+
+
+def test_numpy_sees_the_values_of_a_quantized_array():
+    q = jaxfp8.quantize(np.random.default_rng(0).standard_normal((3, 200)).astype(np.float32))
+    values = np.asarray(q)
+    assert values.dtype == np.float32
+    np.testing.assert_array_equal(values, q.dequantize())
+    assert np.asarray(q, np.float64).dtype == np.float64
+    with pytest.raises(ValueError, match="copy=False"):
+        np.array(q, copy=False)

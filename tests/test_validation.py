@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import jaxfp8
+from jaxfp8.kernels import activation
 from jaxfp8.testing import assert_fp8_close
 from tests import oracle
 from tests.frameworks import normal
@@ -56,6 +57,8 @@ def test_the_report_follows_block_and_recipe():
     e5m2 = jaxfp8.validate.quantization_report(x, recipe=jaxfp8.Recipe(dtype=jnp.float8_e5m2))
     assert rows.worst.underflowed < square.worst.underflowed  # one outlier costs a block
     assert e5m2.worst.underflowed < rows.worst.underflowed
+    with pytest.raises(ValueError, match="each floating-point array of .* is empty"):
+        jaxfp8.validate.quantization_report({"w": jnp.zeros((0, 128)), "steps": jnp.arange(3)})
     with pytest.raises(ValueError, match="no floating-point array of 2 or more axes"):
         jaxfp8.validate.quantization_report({"bias": jnp.ones(4)}, (128, 128))
 
@@ -292,3 +295,9 @@ def test_copies_of_a_weight_that_no_product_reads_are_not_taken_for_exact():
 
     found = jaxfp8.validate.compare(loss, f32(3, 128, 128), f32(0, 24, 128))
     assert np.isfinite(found.loss) and np.isnan(found.reference_loss)
+
+
+def test_every_activation_is_known_in_all_places_that_need_it():
+    known = set(activation.ACTIVATIONS)
+    for table in (activation._LINEAR, activation._CUBIC, jaxfp8.validate._ACTIVATIONS):
+        assert set(table) == known

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .blocks import BLOCK
 
@@ -59,6 +60,17 @@ class QuantizedArray:
         from ..kernels.quantize import dequantize
 
         return dequantize(self, dtype=dtype)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """NumPy's view of it: the values, `data * scale`, in float32 unless told otherwise; always a copy.
+
+        **Raises:** ValueError if asked not to copy.
+        """
+        if copy is False:
+            raise ValueError(
+                "QuantizedArray: its values are computed, so copy=False is not possible"
+            )
+        return np.array(self.dequantize(), dtype)
 
     def __repr__(self) -> str:
         def text(x: Any) -> str:

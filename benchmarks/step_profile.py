@@ -167,11 +167,13 @@ def layer(linear, tokens, k, n):
 
 
 def train_step(moe):
+    import _lm_products
+    import _lm_training
     import train_lm
 
     arguments = ["--size", "medium"] + ["--moe"] * moe
     settings, _ = train_lm.parse_arguments(arguments)
-    run = train_lm.Run("fp8", train_lm.fp8_products(settings.recipe), settings)
+    run = _lm_training.Run("fp8", _lm_products.fp8_products(settings.recipe), settings)
     shape = (settings.batch, settings.sequence + 1)
     windows = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     lowered = jax.jit(run._step, donate_argnums=0).lower(run.state, windows)

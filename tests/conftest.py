@@ -2,7 +2,10 @@
 
 import os
 
+import pytest
+
 from tests.optimization import QUICK_FLAGS
+from tests.representatives import mark_the_rest
 
 
 def pytest_configure(config):
@@ -12,8 +15,13 @@ def pytest_configure(config):
     os.environ.setdefault("XLA_FLAGS", flags)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by markers
 def pytest_collection_modifyitems(items):
-    """Coverage pauses where kernels are executed: they are no Python, and a tracer doubles the emulator's time."""
+    """Cases that the default suite leaves out are marked; coverage pauses where kernels are executed.
+
+    These are no Python, and a tracer doubles the emulator's time.
+    """
+    mark_the_rest(items)
     for item in items:
         if item.get_closest_marker("emulated") or item.get_closest_marker("emulator"):
             item.add_marker("no_cover")

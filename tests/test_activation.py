@@ -16,6 +16,7 @@ from tests.oracle_mlp import FLIPS, ragged_reference, reference, run, tokens, we
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
+@pytest.mark.representatives(cases=2)
 def test_mlp_and_its_gradients_equal_float64(gated, activation):
     (x, dy), (w_up, w_down) = tokens(130, 96, 72), weights(96, 200, 72, gated)
     got = run(jaxfp8.mlp, x, w_up, w_down, dy, activation=activation)
@@ -82,6 +83,7 @@ def test_scan_and_remat_change_nothing():
     ],
 )
 @pytest.mark.parametrize("groups", [(), (2,)], ids=["dense", "ragged"])
+@pytest.mark.representatives()
 def test_weights_quantized_ahead_have_the_bits_of_those_quantized_here(which, gated, groups):
     (x, dy), (w_up, w_down) = tokens(70, 96, 72), weights(96, 128, 72, gated, groups)
 

@@ -80,6 +80,7 @@ def by_turns(kinds, cases):
 
 
 @pytest.mark.parametrize("kind, types, halves", by_turns(KINDS, FORMATS))
+@pytest.mark.representatives("kind", "types")
 def test_every_format_equals_the_oracle(kind, types, halves):
     source, target = types
     x, dy = activation_operands(kind, activation_shape(kind, 1, 20, halves, 40), 1, source)
@@ -99,6 +100,7 @@ SHAPES = [(1, 1, 1), (3, 1, 5), (1, 128, 128), (1, 129, 8), (2, 7, 130), (1, 130
 
 
 @pytest.mark.parametrize("kind, shape, halves", by_turns(DENSE_ACTIVATIONS, SHAPES))
+@pytest.mark.representatives("kind", "shape")
 def test_every_shape_equals_the_oracle(kind, shape, halves):
     g, m, f = shape
     source = F32 if m % 2 and halves == 1 else BF16
@@ -108,6 +110,7 @@ def test_every_shape_equals_the_oracle(kind, shape, halves):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("source", [BF16, F32], ids=NAMES.get)
+@pytest.mark.representatives("kind", "source")
 def test_buffers_aligned_to_their_elements_only(kind, source):
     x, dy = activation_operands(kind, activation_shape(kind, 1, 20, 2, 24), 3, source)
     offsets = {"x": source.itemsize, "dy": source.itemsize, "group_sizes": 4}
@@ -143,6 +146,7 @@ GROUPS = {
 
 @pytest.mark.parametrize("kind", RAGGED_ACTIVATIONS)
 @pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.representatives("kind", cases=4)
 def test_ragged_groups_equal_the_oracle(kind, groups):
     group_sizes, rows = GROUPS[groups]
     x, dy = activation_operands(kind, (rows, 1 + len(group_sizes) % 2, 16), 5, BF16)
@@ -168,6 +172,7 @@ def test_nan_and_inf_stay_visible_in_their_block_only(kind):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("kind", ["rows", "grad_both"])
+@pytest.mark.representatives("kind", "activation")
 def test_no_finite_pre_activation_becomes_nan(kind, activation):
     magnitudes = np.ldexp(1.0, np.arange(-149, 128, 4))
     gate = np.concatenate([magnitudes, -magnitudes]).astype(np.float32)
@@ -181,6 +186,7 @@ def test_no_finite_pre_activation_becomes_nan(kind, activation):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.representatives(cases=2)
 def test_schedules_do_not_matter(kind):
     x, dy = activation_operands(kind, activation_shape(kind, 1, 130, 2, 40), 7, BF16)
     for seed in (1, 2, 3):
@@ -197,6 +203,7 @@ def test_schedules_do_not_matter(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("halves", [1, 2])
+@pytest.mark.representatives("kind", "activation", "halves")
 def test_an_activation_is_within_its_bound(kind, activation, halves):
     source = (BF16, F32)[halves % 2]
     x, dy = activation_operands(
@@ -231,5 +238,6 @@ def test_more_blocks_than_a_grid_holds_are_refused():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("source", [BF16, F32], ids=NAMES.get)
+@pytest.mark.representatives("kind", "source")
 def test_every_byte_moves_once(kind, source):
     kernel_bytes.assert_least(kernel_bytes.activation(kind, source))

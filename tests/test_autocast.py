@@ -190,6 +190,7 @@ def nnx_transformer(dot_general):
     return Transformer()
 
 
+@pytest.mark.full
 def test_flax_nnx_transformer():
     nnx = pytest.importorskip("flax.nnx")
     model, by_hand = nnx_transformer(None), nnx_transformer(jaxfp8.dot_general)
@@ -429,6 +430,7 @@ def _vjp_function(dot):
 
 
 @pytest.mark.parametrize("form", INSIDE)
+@pytest.mark.representatives(cases=5)
 def test_products_inside(form):
     w, x, dy = normal(0, 64, 64), normal(1, 64, 64), normal(2, 64, 64)
 
@@ -646,6 +648,7 @@ def reasons(jaxpr):
 
 
 @pytest.mark.parametrize("f", ALONE, ids=lambda f: f.__name__)
+@pytest.mark.representatives(cases=5)
 def test_left_alone(f):
     params = {"w": SQUARE_W, "lm_head": {"w": SQUARE_W}}
     x = TOKENS[0] % 64 if "token" in f.__code__.co_varnames[1] else normal(1, 64, 64)

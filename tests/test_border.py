@@ -239,6 +239,7 @@ def test_a_missing_driver_is_named_with_what_to_do():
     assert error.message.endswith("install NVIDIA's driver, or run where there is a GPU")
 
 
+@pytest.mark.full
 def test_the_driver_is_found_as_libcuda(tmp_path):
     """The way of a machine with a GPU: libcuda.so.1 by the loader, streams of XLA."""
     recording.build(tmp_path)
@@ -274,6 +275,7 @@ def test_calls_go_on_while_drivers_come_and_go(capfd):
     assert '"failed_calls"' in capfd.readouterr().out
 
 
+@pytest.mark.full
 def test_a_fork_after_import_is_safe():
     """Before the first call, and after one; the child and the parent both call on."""
     code = """
@@ -294,6 +296,7 @@ def test_a_fork_after_import_is_safe():
 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "calling"])
+@pytest.mark.representatives()
 def test_the_interpreter_ends_cleanly(busy):
     """With a driver installed, and with a thread still inside of calls."""
     code = f"""

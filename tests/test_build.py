@@ -174,6 +174,7 @@ def innermost_loops(lines, opcode):
 
 
 @pytest.mark.parametrize("image", [i for i in IMAGES if i.startswith("gemm")])
+@pytest.mark.representatives()
 def test_gemm_loops_multiply_in_the_fp8_tensor_cores_and_never_spill(image):
     for kernel, lines in machine_code(image).items():
         loops = innermost_loops(lines, "QGMMA")
@@ -343,6 +344,7 @@ def _cmake():
 @pytest.mark.skipif(_cmake() is None, reason="needs CMake 3.26 and nanobind")
 @pytest.mark.skipif(not (shutil.which("make") and shutil.which("c++")), reason="needs a compiler")
 @pytest.mark.parametrize("cuda", ["off", "on", "auto", "maybe"])
+@pytest.mark.representatives()
 def test_a_build_without_kernels_says_so_or_fails(tmp_path, cuda):
     (tmp_path / "cmake").symlink_to(ROOT / "cmake")
     (tmp_path / "csrc").symlink_to(ROOT / "csrc")

@@ -194,11 +194,13 @@ def kernel_of(kind, case, config):
 
 
 @pytest.mark.parametrize(("kind", "config"), ONCE)
+@pytest.mark.representatives("kind", cases=8)
 def test_a_small_product_equals_float64(kind, config):
     check(kind, SMALL, config, SCHEDULES[:1])
 
 
 @pytest.mark.parametrize("config", configs("gemm_1d2d"))
+@pytest.mark.representatives(cases=4)
 def test_fewer_rows_than_a_tile_equal_float64(config):
     """No row past the lhs is copied: a stage's other rows are zeros from the start."""
     rng = np.random.default_rng(5)

@@ -42,6 +42,7 @@ def site(tmp_path_factory):
     return directory
 
 
+@pytest.mark.full
 def test_every_public_name_is_in_the_api_reference_once(site):
     anchors = re.findall(r'id="(jaxfp8[\w.]*)"', (site / "api" / "index.html").read_text())
     wanted = {
@@ -66,6 +67,7 @@ def public_names(module):
     ]
 
 
+@pytest.mark.full
 def test_every_page_is_in_the_navigation_and_linked_from_the_readme(site):
     pages = {p.name for p in (ROOT / "docs").iterdir() if p.suffix in (".md", ".py")} - {"index.md"}
     linked = set(re.findall(r"\(docs/([\w.]+)", (ROOT / "README.md").read_text()))

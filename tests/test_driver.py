@@ -129,6 +129,7 @@ def test_a_missing_entry_point_is_named(missing):
 
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("cc"), reason="needs a C compiler")
 @pytest.mark.parametrize("fault", ["missing", "init"])
+@pytest.mark.representatives()
 def test_a_broken_libcuda_is_named_and_tried_again(tmp_path, fault):
     symbols = [s for s in ENTRY_POINTS if s != "cuLaunchKernelEx" or fault != "missing"]
     source = tmp_path / "cuda.c"

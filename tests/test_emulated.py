@@ -69,11 +69,13 @@ def assert_bits_agree(run, **options):
 
 
 @pytest.mark.parametrize("shape, seeds", under_schedules(cases.GEMM_SHAPES))
+@pytest.mark.representatives(cases=6)
 def test_gemm_of_any_shape(shape, seeds):
     assert_products_agree(cases.gemm(shape, out_dtype=BOTH[sum(shape) % 2]), seeds=seeds)
 
 
 @pytest.mark.parametrize("shape, seeds", under_schedules(cases.GEMM_SHAPES[::3], (0, 1)))
+@pytest.mark.representatives(cases=3)
 def test_gemm_of_two_1x128_operands(shape, seeds):
     run = cases.gemm(shape, square=False, out_dtype=BOTH[sum(shape) % 2])
     assert_products_agree(run, seeds=seeds)
@@ -81,6 +83,7 @@ def test_gemm_of_two_1x128_operands(shape, seeds):
 
 @pytest.mark.parametrize("square", [True, False], ids=["128x128", "1x128"])
 @pytest.mark.parametrize("out_dtype", BOTH, ids=["bf16", "f32"])
+@pytest.mark.representatives("square", "out_dtype")
 def test_gemm_accumulates(square, out_dtype):
     run = cases.gemm((130, 136, 272), square=square, out_dtype=out_dtype, accum=True)
     assert_products_agree(run, seeds=(0, 1))
@@ -88,6 +91,7 @@ def test_gemm_accumulates(square, out_dtype):
 
 @pytest.mark.parametrize("square", [True, False], ids=["128x128", "1x128"])
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "batched"])
+@pytest.mark.representatives("square", "shared")
 def test_batched_gemm(square, shared):
     run = cases.batched(3, (70, 136, 200), shared=shared, square=square, out_dtype=jnp.float32)
     assert_products_agree(run, seeds=(0, 1))
@@ -105,6 +109,7 @@ def test_gemm_shows_nonfinite_blocks():
 
 
 @pytest.mark.parametrize("groups, seeds", under_schedules(cases.GROUPS))
+@pytest.mark.representatives(cases=3)
 def test_grouped_gemm(groups, seeds):
     assert_products_agree(cases.grouped(groups, out_dtype=jnp.float32), seeds=seeds)
 
@@ -114,12 +119,14 @@ def test_grouped_gemm_in_bfloat16():
 
 
 @pytest.mark.parametrize("sizes", [[0, 1, 127], [128, 129, 130], [500, -3, 64]], ids=str)
+@pytest.mark.representatives()
 def test_masked_grouped_gemm(sizes):
     assert_products_agree(cases.masked(130, sizes, out_dtype=jnp.float32), seeds=(0, 1))
 
 
 @pytest.mark.parametrize("groups", cases.GROUPS)
 @pytest.mark.parametrize("accum", [False, True], ids=["store", "accumulate"])
+@pytest.mark.representatives("accum", cases=3)
 def test_grouped_wgrad_gemm(groups, accum):
     seeds = SEEDS if groups in ("unequal", "exactly 128") else (0,)
     assert_products_agree(cases.grouped_wgrad(groups, accum=accum), seeds=seeds)
@@ -138,6 +145,7 @@ def test_a_masked_groups_last_tile_does_not_overrun_into_the_next_group():
 
 @pytest.mark.parametrize("kind", ["rows", "blocks", "both", "weight"])
 @pytest.mark.parametrize("shape, seeds", under_schedules(cases.QUANTIZE_SHAPES, (0, 1)))
+@pytest.mark.representatives("kind", cases=6)
 def test_quantizers_agree_to_the_bit(kind, shape, seeds):
     i = sum(shape)
     run = cases.quantizer(
@@ -193,6 +201,7 @@ def test_every_format_of_the_activations_agrees_to_the_bit(
 
 
 @pytest.mark.parametrize("groups, seeds", under_schedules(cases.GROUPS, (0, 1)))
+@pytest.mark.representatives(cases=3)
 def test_ragged_quantizers_agree_to_the_bit(groups, seeds):
     assert_bits_agree(cases.ragged_quantizer(groups), seeds=seeds)
 
@@ -205,10 +214,12 @@ RECIPES = [
 
 
 @pytest.mark.parametrize("recipe, seeds", under_schedules(RECIPES, (0, 1)))
+@pytest.mark.representatives()
 def test_linear_trains(recipe, seeds):
     assert_products_agree(cases.train_linear((130, 200, 136), recipe), seeds=seeds)
 
 
 @pytest.mark.parametrize("groups, seeds", under_schedules(["fewer than M", "unequal"], (0, 1)))
+@pytest.mark.representatives()
 def test_ragged_dot_trains(groups, seeds):
     assert_products_agree(cases.train_ragged_dot(groups), seeds=seeds)

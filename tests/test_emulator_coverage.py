@@ -22,6 +22,7 @@ def covered() -> set[str]:
     return coverage.covered_forms()
 
 
+@pytest.mark.full
 def test_own_programs_execute_every_form_of_the_built_kernels(covered):
     files = built_ptx()
     if not files:

@@ -48,6 +48,7 @@ def compare_models(fp8, bf16, x, *, map_axes=1, **expected):
 
 
 @pytest.mark.parametrize("shape", [(72, 128), (2, 3, 24, 128)], ids=["one vmap", "three vmaps"])
+@pytest.mark.representatives()
 def test_a_model_of_one_example_under_vmap_is_one_product_a_layer(shape):
     model = mlp()
     fp8 = jaxfp8.equinox.convert(model)

@@ -253,6 +253,7 @@ def test_data_parallel_beside_expert_parallel(shape):
 
 @pytest.mark.parametrize("recipe", [{"scale_format": "pow2"}, {}])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.representatives()
 def test_quantizing_dispatched_tokens_again_changes_nothing(recipe, dtype):
     x = jnp.asarray(normal(64, 256) * np.exp(3 * normal(64, 1)), dtype)
     with jaxfp8.Recipe(**recipe):

@@ -139,6 +139,7 @@ EXPORTS = {
 
 
 @pytest.mark.parametrize("name", EXPORTS)
+@pytest.mark.representatives()
 def test_a_program_exported_by_an_earlier_build_computes_the_same(name):
     f, arguments = EXPORTS[name]
     exported = jax.export.deserialize((DIRECTORY / f"{name}.jaxexport").read_bytes())
@@ -265,6 +266,7 @@ print(jax.device_get(dw).tobytes().hex())
 """
 
 
+@pytest.mark.full
 def test_the_persistent_compilation_cache_serves_a_second_process(tmp_path):
     def run():
         result = subprocess.run(

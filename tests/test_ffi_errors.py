@@ -328,6 +328,7 @@ def test_an_unknown_target_is_refused():
 
 @pytest.mark.emulated
 @each_target
+@pytest.mark.representatives(cases=8)
 def test_handlers_launch_a_valid_call(handlers, target):
     if not _ffi.images():
         pytest.skip("this build holds no kernels")
@@ -341,6 +342,7 @@ def test_handlers_launch_a_valid_call(handlers, target):
 
 @pytest.mark.emulated
 @each_array
+@pytest.mark.representatives("target")
 def test_handlers_refuse_another_type(handlers, target, array):
     call = CustomCall(target)
     call.dtypes[array] = "u8"
@@ -351,6 +353,7 @@ def test_handlers_refuse_another_type(handlers, target, array):
 
 @pytest.mark.emulated
 @each_array
+@pytest.mark.representatives("target")
 def test_handlers_refuse_a_size_that_disagrees(handlers, target, array):
     call = CustomCall(target)
     call.shapes[array] = (*call.shapes[array][:-1], call.shapes[array][-1] + 128)
@@ -369,6 +372,7 @@ def test_handlers_refuse_an_accumulator_that_is_not_the_output(handlers, target)
 
 @pytest.mark.emulated
 @each_target
+@pytest.mark.representatives("target")
 def test_handlers_refuse_attributes_of_another_type(handlers, target):
     call = CustomCall(target)
     for name, value in call.attributes.items():

@@ -48,6 +48,7 @@ def run(target, sizes, *, seed=0, most=90, **options):
 
 @pytest.mark.parametrize("target", custom_calls.GROUPED)
 @pytest.mark.parametrize("sizes", ["negative between", "a sum that wraps to 50"])
+@pytest.mark.representatives(cases=5)
 def test_sizes_that_lie_stay_inside_the_buffers(target, sizes):
     run(target, LIES[sizes])
 

@@ -38,6 +38,7 @@ def test_ragged_dot_needs_at_most_three_times_its_inputs_and_outputs():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kibibytes on Linux only")
+@pytest.mark.full
 def test_ragged_dot_grows_the_process_by_at_most_twice_its_inputs_and_outputs():
     """As the operating system sees it: what the call adds to inputs that are there already."""
     grown = subprocess.run(
@@ -50,6 +51,7 @@ def test_ragged_dot_grows_the_process_by_at_most_twice_its_inputs_and_outputs():
     assert int(grown.stdout) <= 2 * 4 * (M * K + G * K * N + M * N)
 
 
+@pytest.mark.full
 def test_the_gradient_stays_within_the_same_bound_per_product():
     """Three products and their residuals: no array of (groups, tokens, anything)."""
 

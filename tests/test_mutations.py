@@ -19,15 +19,23 @@ pytestmark = [
 
 
 def subset():
-    """Every second fault of each run; the others are slow."""
-    count = collections.Counter()
+    """Every second fault of each run, the others are slow; by default one of each detector in each file of faults."""
+    count, seen = collections.Counter(), set()
     for mutation in MUTATIONS:
-        marks = pytest.mark.slow if count[mutation.run] % 2 else ()
+        kind = (mutation.edit.__module__, mutation.detector)
+        marks = ()
+        if count[mutation.run] % 2:
+            marks = pytest.mark.slow
+        elif kind in seen:
+            marks = pytest.mark.full
+        else:
+            seen.add(kind)
         count[mutation.run] += 1
         yield pytest.param(mutation, marks=marks, id=f"{mutation.run}: {mutation.name}")
 
 
 @pytest.mark.parametrize("name", RUNS)
+@pytest.mark.representatives(cases=12)
 def test_the_kernel_without_fault_passes(name):
     run(name)(run(name).text)
 

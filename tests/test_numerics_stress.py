@@ -73,6 +73,7 @@ def test_an_outlier_stays_in_its_block():
 
 @pytest.mark.parametrize("recipe", [{}, {"grad_dtype": jnp.float8_e5m2}], ids=["e4m3", "e5m2"])
 @pytest.mark.parametrize("freedom", [1, 2, 3])
+@pytest.mark.representatives(cases=2)
 def test_heavy_tailed_gradients_keep_their_norm(freedom, recipe):
     """Student's t with infinite variance (2) and without a mean (1)."""
     dy = rng(0).standard_t(freedom, (512, 256)).astype(np.float32)
@@ -191,6 +192,7 @@ def run(kind, steps, spike=None, heavy=False):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf], ids=str)
 @pytest.mark.parametrize("where", ["x", "target"])
+@pytest.mark.representatives(cases=2)
 def test_a_spike_that_is_not_finite_is_seen_and_skipped_and_training_goes_on(bad, where):
     def spike(step, x, target):
         if step in (3, 4, 9):

@@ -19,6 +19,7 @@ def optimized(f, *args):
 
 @pytest.mark.parametrize("fmt", [FORMATS[0], FORMATS[-1]], ids=str)
 @pytest.mark.parametrize("dtype", INPUTS)
+@pytest.mark.representatives(cases=2)
 def test_quantizers_equal_numpy_bit_for_bit(dtype, fmt):
     args = (fmt[0], fmt[1] == "pow2")
     recipe = jaxfp8.Recipe(dtype=fmt[0], scale_format=fmt[1])
@@ -78,6 +79,7 @@ OPERATIONS = {
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.representatives()
 def test_an_operation_and_its_gradients_are_those_of_quick_compilation(name):
     f, shape, tolerance = OPERATIONS[name]
     x, w = normal(0, 130, 200), normal(1, *shape) / 14

@@ -38,5 +38,6 @@ def test_import_starts_no_backend_and_loads_neither_cuda_nor_the_operations():
     assert "jaxfp8.kernels" not in run(program)
 
 
+@pytest.mark.full
 def test_import_star_gives_the_public_names():
     assert run("from jaxfp8 import *; print(linear.__name__, Recipe())") == "linear Recipe()\n"

@@ -218,6 +218,7 @@ def bf16_matmul(axis):
     "name, axis",
     [("4", -2), ("4x2", -1), *[pytest.param(*c, marks=SLOW) for c in (("2", -1), ("2x2", -2))]],
 )
+@pytest.mark.representatives()
 def test_gathered_weights_train_as_whole_ones(name, axis):
     """Two layers by scan, under remat. Only the sum over devices of loss and gradients has another order."""
     want = jax.jit(jax.value_and_grad(loss_of), static_argnums=3)(

@@ -298,6 +298,7 @@ def test_an_embedding_is_numpys_and_padding_does_not_count(tiny_bert):
         assert relative_error(row, numpy_bert(tensors, token[m == 1])) < 1e-4
 
 
+@pytest.mark.full
 def test_the_embeddings_job_compares_and_writes_a_summary(tiny_bert, tmp_path):
     folder, _ = tiny_bert
     embeddings.main(

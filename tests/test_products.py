@@ -44,6 +44,7 @@ DENSE = [
 
 @pytest.mark.parametrize("m, n, k", DENSE)
 @pytest.mark.parametrize("square", [True, False], ids=["128x128", "1x128"])
+@pytest.mark.representatives("square", cases=6)
 def test_gemm_equals_float64(m, n, k, square):
     lhs, rhs = operands(m, n, k, square)
     got = jaxfp8.gemm(lhs, rhs, out_dtype=jnp.float32)
@@ -68,6 +69,7 @@ def test_gemm_of_any_size_equals_float64(m, n, k, square, dtypes):
 
 @settings(max_examples=12, deadline=None)
 @given(g=st.integers(1, 4), m=SIZES, n=SIZES, k=SIZES, square=st.booleans())
+@pytest.mark.full
 def test_batched_gemm_equals_float64(g, m, n, k, square):
     lhs = jaxfp8.quantize(normal(0, g, m, k))
     rhs = jaxfp8.quantize(normal(1, g, n, k), block=(128, 128) if square else (1, 128))
@@ -84,6 +86,7 @@ def test_gemm_keeps_leading_axes():
 
 
 @pytest.mark.parametrize("magnitude", [1e-15, 1e-9, 1e9, 1e15])
+@pytest.mark.representatives(cases=2)
 def test_products_keep_their_accuracy_at_any_magnitude(magnitude):
     lhs = jaxfp8.quantize(normal(0, 64, 300) * np.float32(magnitude))
     rhs = jaxfp8.quantize(normal(1, 80, 300), block=(128, 128))
@@ -139,6 +142,7 @@ def assert_groups_close(got, want, sizes, tolerance):
 
 @pytest.mark.parametrize("groups", GROUPS)
 @pytest.mark.parametrize("k, n", [(256, 128), (200, 72)])
+@pytest.mark.representatives("k", cases=4)
 def test_grouped_gemm_equals_float64_per_group(groups, k, n):
     m, sizes = GROUPS[groups]
     lhs = jaxfp8.quantize(normal(0, m, k))
@@ -152,6 +156,7 @@ def test_grouped_gemm_equals_float64_per_group(groups, k, n):
 
 @settings(max_examples=12, deadline=None)
 @given(data=st.data())
+@pytest.mark.full
 def test_grouped_gemm_of_any_groups_equals_float64(data):
     m = data.draw(st.integers(1, 700))
     groups = data.draw(st.integers(1, 9))
@@ -173,6 +178,7 @@ def test_masked_grouped_gemm_equals_float64_and_is_zero_past_the_mask(masked):
 
 
 @pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.representatives(cases=3)
 def test_grouped_wgrad_gemm_equals_float64_per_group(groups):
     m, sizes = GROUPS[groups]
     device_sizes = jnp.asarray(sizes, jnp.int32)

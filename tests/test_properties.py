@@ -304,6 +304,7 @@ LINEAR = {
 @covers("linear", "dot_general", "einsum", "ragged_dot", "prequantize")
 @examples(12)
 @given(shape=PRODUCTS, seed=SEEDS)
+@pytest.mark.full
 def test_all_ways_to_write_a_product_give_the_same_value_and_gradients(shape, seed):
     m, k, n = shape
     x, w, dy = floats(seed, m, k), normal(seed + 1, k, n), floats(seed + 2, m, n)
@@ -393,6 +394,7 @@ RAGGED_MLP = {a: _mlp(jaxfp8.ragged_mlp, a) for a in ("silu", "gelu")}
 @covers("mlp", "ragged_mlp")
 @examples(8)
 @given(kind=st.sampled_from([("silu", True), ("gelu", False)]), seed=SEEDS)
+@pytest.mark.full
 def test_an_mlp_is_its_products_and_activation_and_a_ragged_one_of_one_group(kind, seed):
     activation, gated = kind
     x, dy = normal(seed, ROWS, WIDTH), normal(seed + 1, ROWS, WIDTH)
@@ -554,6 +556,7 @@ def test_a_report_counts_what_quantization_loses(seed, bad):
 @covers("validate.compare")
 @examples(2)
 @given(seed=SEEDS, factor=SIGNS)
+@pytest.mark.full
 def test_a_comparison_does_not_depend_on_the_scale_of_the_loss(seed, factor):
     x, params = normal(seed, 16, 128), {"w": normal(seed + 1, 128, 64)}
 

@@ -74,6 +74,7 @@ def test_quantize_equals_numpy_bit_for_bit(shape, kind, dtype, fmt, square, seed
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", INPUTS)
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.representatives(cases=14)
 def test_every_quantizer_equals_numpy_bit_for_bit(kind, dtype, fmt):
     x = draw(5, (2, 131, 259), kind, dtype)
     kwargs = dict(dtype=fmt[0], scale_format=fmt[1])
@@ -102,6 +103,7 @@ def test_every_quantizer_equals_numpy_bit_for_bit(kind, dtype, fmt):
     ids=str,
 )
 @pytest.mark.parametrize("kind", ["normal", "nonfinite"])
+@pytest.mark.representatives(cases=6)
 def test_ragged_columns_equal_numpy_bit_for_bit(sizes, kind):
     x = draw(1, (131, 200), kind)
     row, column = jaxfp8.quantize_both(x, group_sizes=np.array(sizes, np.int32))
@@ -110,6 +112,7 @@ def test_ragged_columns_equal_numpy_bit_for_bit(sizes, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.representatives(cases=3)
 def test_jit_equals_eager_bit_for_bit(kind):
     x = draw(2, (70, 300), kind)
     for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):

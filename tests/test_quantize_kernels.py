@@ -46,6 +46,7 @@ def assert_exact(kind, x, dtype, *, pow2=False, group_sizes=None, sms=2, offsets
 @pytest.mark.parametrize("kind", DENSE_QUANTIZERS)
 @pytest.mark.parametrize("pow2", [False, True], ids=["float32", "pow2"])
 @pytest.mark.parametrize(("source", "target"), FORMATS, ids=lambda d: NAMES[d])
+@pytest.mark.representatives("kind", "source", "target", "pow2")
 def test_every_format_equals_the_oracle(kind, source, target, pow2):
     x = matrices(1, quantizer_shape(kind, 1, 40, 72), source)
     assert_exact(kind, x, target, pow2=pow2)
@@ -57,6 +58,7 @@ def test_every_format_equals_the_oracle(kind, source, target, pow2):
     [(1, 1, 1), (3, 1, 5), (1, 128, 128), (1, 129, 8), (2, 7, 130), (1, 130, 257), (1, 16, 264)],
     ids=str,
 )
+@pytest.mark.representatives("kind", "shape")
 def test_every_shape_equals_the_oracle(kind, shape):
     source = F32 if kind in ("rows", "weight") and shape[1] % 2 else BF16
     assert_exact(kind, matrices(2, quantizer_shape(kind, *shape), source), oracle.E4M3)
@@ -64,6 +66,7 @@ def test_every_shape_equals_the_oracle(kind, shape):
 
 @pytest.mark.parametrize("kind", DENSE_QUANTIZERS + RAGGED_QUANTIZERS)
 @pytest.mark.parametrize("source", [BF16, F32], ids=NAMES.get)
+@pytest.mark.representatives("kind", "source")
 def test_buffers_aligned_to_their_elements_only(kind, source):
     offsets = {"x": source.itemsize, "w": source.itemsize, "group_sizes": 4}
     offsets |= {name: 3 if "data" in name else 4 for name in QUANTIZER_RESULTS[kind]}
@@ -94,6 +97,7 @@ GROUPS = {
 
 @pytest.mark.parametrize("kind", RAGGED_QUANTIZERS)
 @pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.representatives("kind", cases=4)
 def test_ragged_groups_equal_the_oracle(kind, groups):
     group_sizes, rows = GROUPS[groups]
     x = matrices(5, (rows, 16), BF16)
@@ -102,6 +106,7 @@ def test_ragged_groups_equal_the_oracle(kind, groups):
 
 @pytest.mark.parametrize("kind", RAGGED_QUANTIZERS)
 @pytest.mark.parametrize(("source", "target"), FORMATS, ids=lambda d: NAMES[d])
+@pytest.mark.representatives("kind", "source", "target")
 def test_ragged_formats_equal_the_oracle(kind, source, target):
     x = matrices(6, (20, 130), source)
     assert_exact(kind, x, target, pow2=True, group_sizes=[9, 8])
@@ -109,6 +114,7 @@ def test_ragged_formats_equal_the_oracle(kind, source, target):
 
 @pytest.mark.parametrize("kind", DENSE_QUANTIZERS + RAGGED_QUANTIZERS)
 @pytest.mark.parametrize("source", [BF16, F16, F32], ids=NAMES.get)
+@pytest.mark.representatives("kind", "source")
 def test_nan_and_inf_stay_visible_in_their_block_only(kind, source):
     x = matrices(7, (40, 136), source)
     x[3, 5], x[17, 130], x[30, 20] = np.nan, np.inf, -np.inf
@@ -139,6 +145,7 @@ def test_every_bfloat16_quantizes_like_the_oracle():
 
 
 @pytest.mark.parametrize("kind", DENSE_QUANTIZERS + RAGGED_QUANTIZERS)
+@pytest.mark.representatives(cases=3)
 def test_schedules_do_not_matter(kind):
     ragged = kind in RAGGED_QUANTIZERS
     x = matrices(9, (130, 40), BF16)
@@ -149,6 +156,7 @@ def test_schedules_do_not_matter(kind):
 
 @pytest.mark.parametrize("kind", DENSE_QUANTIZERS + RAGGED_QUANTIZERS)
 @pytest.mark.parametrize("source", [BF16, F32], ids=NAMES.get)
+@pytest.mark.representatives("kind", "source")
 def test_every_byte_moves_once(kind, source):
     kernel_bytes.assert_least(kernel_bytes.quantizer(kind, source))
 

@@ -63,6 +63,7 @@ class Nnx(nnx.Module):
         return y * nnx.sigmoid(self.router(x)).sum(-1, keepdims=True)
 
 
+@pytest.mark.full
 def test_rules_choose_the_layers_of_an_nnx_model():
     x = normal(0, 2, 40, 128)
     model = Nnx(nnx.Rngs(0))

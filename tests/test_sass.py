@@ -24,6 +24,7 @@ def reports(image):
 
 
 @pytest.mark.parametrize("image", IMAGES)
+@pytest.mark.representatives()
 def test_every_gemm_kernel_keeps_its_rows(image):
     """One test an image, so that one process alone disassembles it."""
     assert len(reports(image)) >= 14

@@ -81,6 +81,7 @@ def test_each_way_takes_at_most_fifteen_lines():
         assert len(code.strip().splitlines()) <= 15, section
 
 
+@pytest.mark.full
 def test_every_way_computes_the_loss_and_the_gradients_of_one_device(guide):
     start = guide[0][1]
     value, grads = start["step"](start["params"], start["x"], start["target"])

@@ -307,6 +307,7 @@ PRODUCTS = [
 
 
 @pytest.mark.parametrize("product", PRODUCTS, ids=lambda p: p.kind)
+@pytest.mark.representatives(cases=2)
 def test_measuring_times_each_configuration_asked_for(product, monkeypatch):
     monkeypatch.setattr(_tune, "_COLD_BYTES", 0)  # a few launches are enough
     two = product.configs[:2]

@@ -151,6 +151,7 @@ def case_of(mesh, case, form):
 
 
 @pytest.mark.parametrize("mesh, case, form", [*combinations(often=("data", "data+row", "fsdp in"))])
+@pytest.mark.representatives("mesh", "form", cases=6)
 def test_work_divides_and_only_this_moves(mesh, case, form):
     mesh, (x, w, dy), run = case_of(mesh, case, form)
     _, devices, want = CASES[case]
@@ -164,6 +165,7 @@ def test_work_divides_and_only_this_moves(mesh, case, form):
 
 
 @pytest.mark.parametrize("mesh, case, form", [*combinations(often=("data+row",))])
+@pytest.mark.representatives("mesh", "form", cases=4)
 def test_values_and_shardings(mesh, case, form):
     mesh, (x, w, dy), run = case_of(mesh, case, form)
     out = {"out_shardings": (dy, x, w)} if mesh is AUTO else {}
@@ -188,6 +190,7 @@ CONTEXTS = {
 
 
 @pytest.mark.parametrize("context", [*CONTEXTS, pytest.param("eager", marks=pytest.mark.slow)])
+@pytest.mark.representatives(cases=2)
 def test_other_contexts(context):
     mesh, ambient_mesh, f = CONTEXTS.get(context, (AUTO, None, per_example))
     run = train(f) if context == "eager" else jax.jit(train(f))
@@ -218,6 +221,7 @@ def test_one_expert_a_device_moves_nothing(mesh):
 
 @each_mesh
 @pytest.mark.parametrize("k, n", [(384, 384), (128, 128), (200, 72)])
+@pytest.mark.representatives("mesh")
 def test_shards_that_cut_a_block_are_gathered(mesh, k, n):
     """Three blocks over two devices, one block over two, no whole block at all."""
     arrays = X[:256, :k], W[:k, :n], DY[:256, :n]
@@ -277,6 +281,7 @@ each_quantizer = pytest.mark.parametrize("name", QUANTIZERS)
 
 @each_mesh
 @each_quantizer
+@pytest.mark.representatives("mesh", "name")
 def test_quantizers_keep_shards_of_whole_blocks(mesh, name):
     f, specs = QUANTIZERS[name]
     compiled = opaque(f, mesh, [(TOKENS, K)], [NamedSharding(mesh, P("d", "t"))])
@@ -288,6 +293,7 @@ def test_quantizers_keep_shards_of_whole_blocks(mesh, name):
 
 @each_mesh
 @each_quantizer
+@pytest.mark.representatives("mesh", "name")
 def test_quantizers_of_shards_have_the_bits_of_the_whole(mesh, name):
     """Shards of whole blocks, and shards that cut them."""
     f, _ = QUANTIZERS[name]
@@ -316,6 +322,7 @@ ACCUMULATORS = {
 @each_mesh
 @pytest.mark.parametrize("spec", ACCUMULATORS.values(), ids=ACCUMULATORS)
 @pytest.mark.parametrize("name", ["gemm", "wgrad_gemm"])
+@pytest.mark.representatives("mesh", "spec", "name")
 def test_a_sharded_contraction_adds_its_accumulator_once(mesh, spec, name):
     f = getattr(jaxfp8, name)
     lhs = jaxfp8.quantize(normal(6, 256, 512))
@@ -336,6 +343,7 @@ def test_a_sharded_contraction_adds_its_accumulator_once(mesh, spec, name):
 
 @each_mesh
 @pytest.mark.parametrize("mapped", [True, False], ids=["an accumulator each", "one for all"])
+@pytest.mark.representatives("mesh", "mapped")
 def test_a_sharded_contraction_under_vmap_adds_its_accumulator_once(mesh, mapped):
     lhs = jaxfp8.quantize(normal(6, 2, 256, 512))
     rhs = jaxfp8.quantize(normal(7, 128, 512))
@@ -356,6 +364,7 @@ def test_a_sharded_contraction_under_vmap_adds_its_accumulator_once(mesh, mapped
 @each_form
 @pytest.mark.parametrize("check_vma", [True, False])
 @each_mesh
+@pytest.mark.representatives("mesh", "check_vma", "form")
 def test_shard_map(mesh, check_vma, form):
     """Data and columns; the gradient of what does not vary is summed."""
     f = jax.shard_map(
@@ -375,6 +384,7 @@ def test_shard_map(mesh, check_vma, form):
 
 @each_form
 @each_mesh
+@pytest.mark.representatives("mesh", "form")
 def test_grad_inside_shard_map(mesh, form):
     """w does not vary: its gradient is summed by the type system."""
     out = P("d"), P("d"), P()
@@ -385,6 +395,7 @@ def test_grad_inside_shard_map(mesh, form):
 
 @each_form
 @each_mesh
+@pytest.mark.representatives("mesh", "form")
 def test_partially_manual(mesh, form):
     """Manual over d; t is left to the compiler, which replicates, or to the types, which divide."""
     f = jax.shard_map(
@@ -424,6 +435,7 @@ def experts(x, w):
 
 @each_mesh
 @pytest.mark.parametrize("case", RAGGED)
+@pytest.mark.representatives("mesh")
 def test_ragged_dot_values(case, mesh):
     x, w, dy = RAGGED[case]
     if mesh is EXPLICIT and case == "data (gathered)":
@@ -434,6 +446,7 @@ def test_ragged_dot_values(case, mesh):
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.representatives()
 def test_ragged_dot_in_shard_map(check_vma):
     """Data-parallel experts: each shard has its own rows and group sizes, the experts are shared."""
     sizes = np.array([[20, 10, 15, 14], [0, 64, 0, 0], [5, 5, 5, 5], [1, 2, 3, 4]], np.int32)

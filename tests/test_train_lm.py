@@ -24,7 +24,10 @@ EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import _lm_data as data  # noqa: E402
+import _lm_model  # noqa: E402
+import _lm_products  # noqa: E402
 import _lm_report as report  # noqa: E402
+import _lm_training  # noqa: E402
 import train_lm  # noqa: E402
 
 TINY = ["--tiny", "--steps=8", "--evaluations=4", "--validation-windows=8"]
@@ -55,7 +58,7 @@ def corpus():
 @pytest.fixture(scope="module", autouse=True)
 def corpus_read_once(corpus):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_lm.data, "standard_library", lambda: corpus)
+        patch.setattr(data, "standard_library", lambda: corpus)
         yield
 
 
@@ -159,6 +162,7 @@ def check_resuming(out: pathlib.Path, flags: list[str], tmp_path: pathlib.Path) 
     assert (tmp_path / "out" / "sample.txt").read_text() == (out / "sample.txt").read_text()
 
 
+@pytest.mark.full
 def test_a_resumed_run_continues_the_identical_curve(dense, tmp_path):
     check_resuming(*dense, tmp_path)
 
@@ -188,6 +192,7 @@ def test_the_default_run_stays_within_a_quarter_percent(flags, tmp_path):
 # ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_the_script_explains_itself():
     command = [sys.executable, EXAMPLES / "train_lm.py", "--help"]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -221,9 +226,11 @@ def test_bad_flags_are_named(flags, message, capsys):
 def test_recipe_flags_reach_every_fp8_product():
     settings, _ = train_lm.parse_arguments(["--tiny", "--scale-format=pow2", "--grad-dtype=e5m2"])
     assert settings.recipe == jaxfp8.Recipe(scale_format="pow2", grad_dtype=jnp.float8_e5m2)
-    run = train_lm.Run("fp8", train_lm.fp8_products(settings.recipe), settings)
+    run = _lm_training.Run("fp8", _lm_products.fp8_products(settings.recipe), settings)
     windows = np.zeros((settings.batch, settings.sequence + 1), np.int32)
-    products = report.list_products(run.gradients, train_lm.PRODUCT_NAMES, run.state[0], windows)
+    products = report.list_products(
+        run.gradients, _lm_training.PRODUCT_NAMES, run.state[0], windows
+    )
     for product in filter(report.is_fp8, products):
         assert product["forward"] == ["e4m3 x e4m3"]
         assert sorted(product["backward"]) == ["e4m3 x e5m2", "e5m2 x e4m3"]  # wgrad, dgrad
@@ -232,10 +239,10 @@ def test_recipe_flags_reach_every_fp8_product():
 def test_the_bf16_model_has_no_fp8_product_and_rounds_operands_to_bfloat16():
     for moe in ([], ["--moe"]):
         settings, _ = train_lm.parse_arguments(["--tiny", *moe])
-        run = train_lm.Run("bf16", train_lm.bf16_products(), settings)
+        run = _lm_training.Run("bf16", _lm_products.bf16_products(), settings)
         windows = np.zeros((settings.batch, settings.sequence + 1), np.int32)
         products = report.list_products(
-            run.gradients, train_lm.PRODUCT_NAMES, run.state[0], windows
+            run.gradients, _lm_training.PRODUCT_NAMES, run.state[0], windows
         )
         assert not any(map(report.is_fp8, products))
         for product in products:
@@ -269,9 +276,10 @@ STEP_CALLS = {
 
 @pytest.mark.skipif(not _ffi.images(), reason="this build of jaxfp8 holds no CUDA kernels")
 @pytest.mark.parametrize("kind", STEP_CALLS)
+@pytest.mark.representatives(cases=1)
 def test_a_train_step_for_cuda_has_these_kernels_and_no_other_product_of_a_layers_matrices(kind):
     settings, _ = train_lm.parse_arguments(["--tiny", *(["--moe"] if kind == "moe" else [])])
-    run = train_lm.Run("fp8", train_lm.fp8_products(settings.recipe), settings)
+    run = _lm_training.Run("fp8", _lm_products.fp8_products(settings.recipe), settings)
     windows = np.zeros((settings.batch, settings.sequence + 1), np.int32)
     traced = jax.jit(run._step).trace(run.state, windows)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -294,6 +302,7 @@ def test_a_train_step_for_cuda_has_these_kernels_and_no_other_product_of_a_layer
 
 
 @pytest.mark.parametrize("kind", STEP_CALLS)
+@pytest.mark.representatives()
 def test_the_fused_swiglu_trains_as_the_explicit_operations(kind):
     key = jax.random.split(jax.random.key(0), 4)
     groups = (3,) if kind == "moe" else ()
@@ -301,7 +310,7 @@ def test_the_fused_swiglu_trains_as_the_explicit_operations(kind):
     dy = jax.random.normal(key[1], (160, 128)).astype(jnp.bfloat16)
     gate_up = jax.random.normal(key[2], (*groups, 128, 2, 256)) / 128**0.5
     down = jax.random.normal(key[3], (*groups, 256, 128)) / 16
-    products = train_lm.fp8_products(jaxfp8.Recipe())
+    products = _lm_products.fp8_products(jaxfp8.Recipe())
     sizes = jnp.array([50, 0, 110])
 
     def fused(x, gate_up, down):
@@ -316,7 +325,7 @@ def test_the_fused_swiglu_trains_as_the_explicit_operations(kind):
             return products.linear(x, w, dtype)
 
         hidden = product(x, gate_up.reshape(*groups, 128, -1), jnp.bfloat16).astype(jnp.float32)
-        return product(train_lm.swiglu(hidden), down, jnp.bfloat16)
+        return product(_lm_products.swiglu(hidden), down, jnp.bfloat16)
 
     def results(f):
         y, pull = jax.vjp(f, x, gate_up, down)
@@ -384,18 +393,18 @@ def test_every_window_is_read_once_an_epoch_in_an_order_of_the_seed():
 # Model
 # ------------------------------------------------------------------------------------------------
 
-MODEL = train_lm.Model(layers=2, width=128, heads=2, feed_forward=256)
+MODEL = _lm_model.Model(layers=2, width=128, heads=2, feed_forward=256)
 
 
 @pytest.mark.parametrize("experts", [0, 4])
 def test_no_byte_sees_a_later_one(experts):
     model = dataclasses.replace(MODEL, experts=experts)
-    products = train_lm.fp8_products(jaxfp8.Recipe())
-    params = train_lm.init(model, jax.random.key(0))
+    products = _lm_products.fp8_products(jaxfp8.Recipe())
+    params = _lm_model.init(model, jax.random.key(0))
     text = np.random.default_rng(0).integers(0, 256, (1, 32))
     changed = text.copy()
     changed[0, 20:] = (changed[0, 20:] + 1) % 256
-    forward = jax.jit(lambda inputs: train_lm.forward(params, inputs, model, products)[0])
+    forward = jax.jit(lambda inputs: _lm_model.forward(params, inputs, model, products)[0])
     before, after = np.asarray(forward(text)), np.asarray(forward(changed))
     np.testing.assert_array_equal(before[0, :20], after[0, :20])
     assert (before[0, 20:] != after[0, 20:]).any(axis=-1).all()
@@ -403,10 +412,10 @@ def test_no_byte_sees_a_later_one(experts):
 
 def test_a_mixture_of_experts_is_the_gated_sum_of_its_two_best_experts():
     model = dataclasses.replace(MODEL, experts=4)
-    params = train_lm.init(model, jax.random.key(1))["layers"]
+    params = _lm_model.init(model, jax.random.key(1))["layers"]
     p = {name: value[0] for name, value in params.items()}
     x = jax.random.normal(jax.random.key(2), (2, 16, model.width)).astype(jnp.bfloat16)
-    y, balance = train_lm.mixture_of_experts(x, p, model, train_lm.bf16_products())
+    y, balance = _lm_model.mixture_of_experts(x, p, model, _lm_products.bf16_products())
 
     f64 = {name: np.asarray(value, np.float64) for name, value in p.items()}
     expected, routed = np.zeros((32, model.width)), np.zeros((32, 4))
@@ -453,15 +462,15 @@ def test_a_twin_is_compared_as_fp8_is():
 
 
 def test_a_twin_starts_a_thousandth_away():
-    params = train_lm.init(MODEL, jax.random.key(3))
-    twin = train_lm.init_nearby(MODEL, jax.random.key(3))
+    params = _lm_model.init(MODEL, jax.random.key(3))
+    twin = _lm_model.init_nearby(MODEL, jax.random.key(3))
     shifts = jax.tree.map(lambda p, q: np.std(np.array(q) / np.array(p) - 1), params, twin)
     np.testing.assert_allclose(jax.tree.leaves(shifts), 1e-3, rtol=0.3)
 
 
 def test_a_diverged_run_ends_with_an_error(monkeypatch):
     settings, _ = train_lm.parse_arguments(["--tiny"])
-    run = train_lm.Run("fp8", train_lm.fp8_products(settings.recipe), settings)
+    run = _lm_training.Run("fp8", _lm_products.fp8_products(settings.recipe), settings)
     run._compiled_evaluate = lambda state, batches: jnp.float32(jnp.nan)
     with pytest.raises(FloatingPointError, match="fp8 run diverged.*--learning-rate"):
         run.evaluate(None)

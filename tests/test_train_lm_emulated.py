@@ -12,6 +12,8 @@ from tests.emulated_platform import emulated_platform
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "examples"))
 
+import _lm_products  # noqa: E402
+import _lm_training  # noqa: E402
 import train_lm  # noqa: E402
 
 STEPS = 3
@@ -29,7 +31,7 @@ pytestmark = [
 def losses(flags):
     """Of each of three steps on the same windows, and after the last."""
     settings, _ = train_lm.parse_arguments(["--tiny", "--batch", str(BATCH), *flags])
-    run = train_lm.Run("fp8", train_lm.fp8_products(settings.recipe), settings)
+    run = _lm_training.Run("fp8", _lm_products.fp8_products(settings.recipe), settings)
     shape = BATCH, settings.sequence + 1
     windows = np.random.default_rng(0).integers(0, 256, shape, np.int32)
     step, state, found = jax.jit(run._step), run.state, []

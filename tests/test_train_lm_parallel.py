@@ -18,7 +18,10 @@ import pytest
 EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+import _lm_model  # noqa: E402
 import _lm_parallel  # noqa: E402
+import _lm_products  # noqa: E402
+import _lm_training  # noqa: E402
 import scaling_model  # noqa: E402
 import train_lm  # noqa: E402
 
@@ -28,8 +31,8 @@ from tests.programs import stated_dtypes, traffic  # noqa: E402
 SLOW = pytest.mark.slow
 
 # Heads and hidden units of whole blocks on two devices, windows of 128 tokens on each of two.
-SIZE = train_lm.Size(
-    train_lm.Model(layers=2, width=256, heads=2, feed_forward=512), 64, 4, 8, 8, 3e-3
+SIZE = _lm_training.Size(
+    _lm_model.Model(layers=2, width=256, heads=2, feed_forward=512), 64, 4, 8, 8, 3e-3
 )
 
 FLIPS = (8 * 2.0**-9 * 2.0**-3) ** 0.5
@@ -44,14 +47,14 @@ d <= 2**-3 apart. It crosses a rounding threshold with probability e / d and the
 @pytest.fixture(autouse=True, scope="module")
 def small_model():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(train_lm.SIZES, "tiny", SIZE)
+        patch.setitem(_lm_training.SIZES, "tiny", SIZE)
         yield
 
 
 def run_of(flags, fp8=True):
     settings, rest = train_lm.parse_arguments(["--tiny", *flags.split()])
-    products = train_lm.fp8_products(settings.recipe) if fp8 else train_lm.bf16_products()
-    run = train_lm.Run("fp8", products, settings, rest["parallel"])
+    products = _lm_products.fp8_products(settings.recipe) if fp8 else _lm_products.bf16_products()
+    run = _lm_training.Run("fp8", products, settings, rest["parallel"])
     text = np.random.default_rng(0).integers(0, 256, (4, 65)).astype(np.int32)
     return run, rest["parallel"].place(text)
 
@@ -106,6 +109,7 @@ def on_one_device(flags):
 @pytest.mark.parametrize(
     "flags", [f if f in OFTEN else pytest.param(f, marks=SLOW) for f in MESHES]
 )
+@pytest.mark.full
 def test_a_mesh_computes_the_gradients_of_one_device_and_moves_only_what_it_must(flags):
     loss, grads, lowered, moved = gradients(flags)
     one = flags.split("--mesh")[0].strip()

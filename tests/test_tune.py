@@ -246,6 +246,7 @@ def test_products_of_a_program_are_those_of_its_custom_calls():
 @pytest.mark.emulated
 @kernels
 @pytest.mark.parametrize("square", [True, False], ids=["128x128", "1x128"])
+@pytest.mark.representatives()
 def test_every_config_gives_the_same_bits(square):
     """Blocks are added in order whatever the tile."""
     lhs, rhs = operands(square=square)
@@ -275,6 +276,7 @@ def test_every_config_gives_the_same_bits(square):
     ],
     ids=lambda p: p.kind,
 )
+@pytest.mark.full
 def test_measuring_runs_each_config_on_operands_of_its_kind(tables, product):
     device = jax.devices()[0]
     two = product.configs[:2]

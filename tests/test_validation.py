@@ -255,22 +255,25 @@ def test_experts_and_weights_quantized_ahead_are_compared(gated, ahead):
 @pytest.mark.parametrize("flags", [[], ["--moe"]], ids=["dense", "mixture"])
 def test_the_language_model_of_the_examples_is_compared(flags):
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "examples"))
+    import _lm_model
+    import _lm_products
     import train_lm
+    from _lm_parallel import ONE_DEVICE
 
     settings, _ = train_lm.parse_arguments(["--tiny", *flags])
-    products = train_lm.fp8_products(settings.recipe)
+    products = _lm_products.fp8_products(settings.recipe)
     windows = np.random.default_rng(0).integers(0, 256, (2, settings.sequence + 1), np.int32)
-    params = train_lm.init(settings.model, jax.random.key(0))
+    params = _lm_model.init(settings.model, jax.random.key(0))
 
     def loss(params, windows):
-        return train_lm.losses(params, windows, settings.model, products, train_lm.ONE_DEVICE)[0]
+        return _lm_model.losses(params, windows, settings.model, products, ONE_DEVICE)[0]
 
     found = jaxfp8.validate.compare(loss, params, windows)
     assert len(found.products) == 4  # qkv, out, gate and up, down of the layers' scan
     assert found.worst_product.largest < SEPARATE[1]
     assert abs(found.relative_loss_difference) < 1e-3
-    bf16 = train_lm.bf16_products()
-    plain = train_lm.losses(params, windows, settings.model, bf16, train_lm.ONE_DEVICE)[0]
+    bf16 = _lm_products.bf16_products()
+    plain = _lm_model.losses(params, windows, settings.model, bf16, ONE_DEVICE)[0]
     np.testing.assert_allclose(found.reference_loss, plain, rtol=1e-3)
 
 

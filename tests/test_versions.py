@@ -119,6 +119,7 @@ KERNELS = {
 @pytest.mark.emulated
 @pytest.mark.skipif(not _ffi.images(), reason="this build of jaxfp8 holds no kernels")
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.representatives(cases=3)
 def test_kernels_called_by_this_runtime_give_what_the_portable_lowering_gives(kernel):
     run = KERNELS[kernel]()
     want = {name: np.asarray(v) for name, v in run().items()}

@@ -38,4 +38,12 @@ def group_bounds(group_sizes, tokens: int):
 def padded_starts(starts, ends):
     """First token of each group in the group-padded token axis, int32 (G,)."""
     padded = (ends - starts + BLOCK - 1) // BLOCK * BLOCK
-    return jnp.cumsum(padded) - padded
+    return jnp.cumsum(padded, dtype=jnp.int32) - padded
+
+
+def group_at(starts, position):
+    """The last group that starts at or before each position: int32 of position's shape, -1 before the first group.
+
+    Counted by comparison: `jnp.searchsorted` fails in a partly manual mesh and mixes integer widths under x64.
+    """
+    return jnp.sum(starts <= position[..., None], axis=-1, dtype=jnp.int32) - 1

@@ -22,6 +22,7 @@ from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
 from .mesh import match_varying
+from .once import undefined_tangents
 
 
 class Call(NamedTuple):
@@ -88,7 +89,8 @@ class Operation:
     - `name`: the primitive's.
     - `body`: traced once per call and types; its jaxpr becomes a parameter.
     - `together`: groups of operand positions that are mapped together (data and its scales).
-    - `derivative`: `(call, *arrays) -> list of arrays`, which is differentiated instead of the body.
+    - `derivative`: `(call, *arrays) -> list of arrays`, which is differentiated instead of the body. None: what uses
+      a tangent of the result raises.
     """
 
     def __init__(self, name, body, *, together=(), derivative=None):
@@ -101,8 +103,7 @@ class Operation:
         self.primitive.def_abstract_eval(lambda *_, call, jaxpr: jaxpr.out_avals)
         mlir.register_lowering(self.primitive, self._lower)
         batching.primitive_batchers[self.primitive] = self._batch
-        if derivative is not None:
-            ad.primitive_jvps[self.primitive] = self._jvp
+        ad.primitive_jvps[self.primitive] = self._undefined if derivative is None else self._jvp
 
     def __call__(self, *arrays, call: Call):
         if stand_in.value is not None:
@@ -132,6 +133,16 @@ class Operation:
                         mapped[i] = True
         outs = self(*arrays, call=call.batched(mapped))
         return outs, [0] * len(outs)
+
+    def _undefined(self, primals, tangents, *, call, jaxpr):
+        results = self(*primals, call=call)
+        name = self.primitive.name.removeprefix("jaxfp8_")
+        message = (
+            f"{name}: quantization and products of quantized arrays have no derivative. Differentiate linear, "
+            "dot_general, einsum, ragged_dot or mlp, or pass straight through: "
+            "x + jax.lax.stop_gradient(jaxfp8.quantize(x).dequantize() - x)"
+        )
+        return results, undefined_tangents(tangents, results, message)
 
     def _jvp(self, primals, tangents, *, call, jaxpr):
         # Integer operands have no tangent; differentiate only what moves.

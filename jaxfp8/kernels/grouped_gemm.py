@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._arrays import checks
-from .._arrays.blocks import BLOCK, ceil_blocks, group_bounds, padded_starts
+from .._arrays.blocks import BLOCK, ceil_blocks, group_at, group_bounds, padded_starts
 from .._arrays.quantized_array import QuantizedArray
 from .._primitives.leaf import once
 from .._primitives.mesh import match_varying
@@ -38,31 +38,32 @@ def _walk_tiles(tiles, body, init, operands):
     In shard_map the carry varies over devices as the operands that the body reads do.
     """
     init, tiles, *_ = match_varying([init, tiles, *operands])
-    ends = jnp.cumsum(tiles)
+    ends = jnp.cumsum(tiles, dtype=jnp.int32)
 
     def step(i, carry):
-        group = jnp.searchsorted(ends, i, side="right").astype(jnp.int32)
+        group = group_at(ends, i) + 1
         return body(group, i - (ends - tiles)[group], carry)
 
-    return lax.fori_loop(0, ends[-1], step, init)
+    return lax.fori_loop(jnp.int32(0), ends[-1], step, init)
 
 
 def _reference_grouped(lhs, lhs_scale, rhs, rhs_scale, sizes, *, out_dtype, num_sms, config):
     """(M, K) . (G, N, K) -> (M, N); a row uses the matrix of its group, rows past the last group are zero."""
-    m, k = lhs.shape
+    m = lhs.shape[0]
     groups, n, _ = rhs.shape
-    tile = BLOCK * max(1, min(4, m // (groups * BLOCK)))
+    # Larger tiles are faster where groups are large; of a symbolic number of rows nothing is known.
+    tile = BLOCK * max(1, min(4, m // (groups * BLOCK))) if isinstance(m, int) else BLOCK
     starts, ends = group_bounds(sizes, m)
     lhs = jnp.pad(dequantize_blocks(lhs, lhs_scale, ROW), [(0, tile), (0, 0)])
 
     def body(group, index, y):
         row = starts[group] + index * tile
-        x = lax.dynamic_slice(lhs, (row, 0), (tile, k))
+        x = lax.dynamic_slice_in_dim(lhs, row, tile)
         product = contract(x, dequantize_blocks(rhs[group], rhs_scale[group], SQUARE))
-        inside = (row + jnp.arange(tile) < ends[group])[:, None]
-        others = lax.dynamic_slice(y, (row, 0), (tile, n))
+        inside = (row + jnp.arange(tile, dtype=jnp.int32) < ends[group])[:, None]
+        others = lax.dynamic_slice_in_dim(y, row, tile)
         kept = jnp.where(inside, product.astype(out_dtype), others)
-        return lax.dynamic_update_slice(y, kept, (row, 0))
+        return lax.dynamic_update_slice_in_dim(y, kept, row, 0)
 
     tiles = (ends - starts + tile - 1) // tile
     y = _walk_tiles(tiles, body, jnp.zeros((m + tile, n), out_dtype), (lhs, rhs, rhs_scale))
@@ -73,7 +74,7 @@ def _reference_masked(lhs, lhs_scale, rhs, rhs_scale, sizes, *, out_dtype, num_s
     """(G, M, K) . (G, N, K) -> (G, M, N); rows past `sizes[g]` are zero."""
     lhs = dequantize_blocks(lhs, lhs_scale, ROW)
     rhs = dequantize_blocks(rhs, rhs_scale, SQUARE)
-    inside = jnp.arange(lhs.shape[1]) < sizes[:, None]
+    inside = jnp.arange(lhs.shape[1], dtype=jnp.int32) < sizes[:, None]
     return [jnp.where(inside[:, :, None], contract(lhs, rhs), 0).astype(out_dtype)]
 
 
@@ -89,8 +90,8 @@ def _reference_wgrad(lhs, lhs_scale, rhs, rhs_scale, sizes, *accum, out_dtype, n
         block = first[group] // BLOCK + index
 
         def tokens(data, scale):
-            data = lax.dynamic_slice(data, (0, block * BLOCK), (data.shape[0], BLOCK))
-            scale = lax.dynamic_slice(scale, (0, block), (scale.shape[0], 1))
+            data = lax.dynamic_slice_in_dim(data, block * BLOCK, BLOCK, 1)
+            scale = lax.dynamic_slice_in_dim(scale, block, 1, 1)
             return dequantize_blocks(data, scale, ROW)
 
         product = contract(tokens(lhs, lhs_scale), tokens(rhs, rhs_scale))

@@ -16,7 +16,14 @@ from jax import lax
 
 from .. import _ffi
 from .._arrays import checks
-from .._arrays.blocks import BLOCK, ceil_blocks, group_bounds, padded_starts, padded_tokens
+from .._arrays.blocks import (
+    BLOCK,
+    ceil_blocks,
+    group_at,
+    group_bounds,
+    padded_starts,
+    padded_tokens,
+)
 from .._arrays.quantized_array import QuantizedArray
 from .._arrays.recipe import Recipe, current_recipe, fp8_dtype, scale_format_name
 from .._primitives.leaf import Leaf, once
@@ -134,7 +141,7 @@ def token_axis(sizes, tokens):
     starts, ends = group_bounds(sizes, tokens)
     first = padded_starts(starts, ends)
     t = jnp.arange(padded_tokens(tokens, groups), dtype=jnp.int32)
-    group = jnp.searchsorted(first, t, side="right", method="sort").astype(jnp.int32) - 1
+    group = group_at(first, t)
     row = starts[group] + t - first[group]
     return jnp.where(row < ends[group], row, tokens)
 

@@ -14,12 +14,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from .._arrays import checks
 from .._arrays.recipe import Recipe
 from .._primitives.leaf import once
 from .._primitives.mesh import explicit_axes, full_spec, like_primal, place
+from .._primitives.once import differentiable_once
 from .._primitives.operation import Call, Operation
 from ..kernels import quantize as qt
 from ..kernels.gemm import product
@@ -107,7 +109,7 @@ def _dot_bwd(call: Call, types, residuals, cotangents):
     return like_primal(dx, x_type), like_primal(dw, w_type), *(None for _ in quantized)
 
 
-_dot.defvjp(_dot_fwd, _dot_bwd)
+_dot.defvjp(*differentiable_once("linear, dot_general and einsum", _dot_fwd, _dot_bwd))
 
 
 def sum_to(y, dims, wanted):
@@ -139,10 +141,10 @@ def dot(x, w, x_dims, w_dims, out, *, recipe: Recipe, out_dtype, out_spec=None, 
     return place(y, out_spec)
 
 
-def result_dtype(function: str, x, w, preferred_element_type: Any):
-    """The dtype of a product: what is preferred, else what x and w promote to."""
+def result_dtype(function: str, preferred_element_type: Any, default) -> np.dtype:
+    """The dtype of a result: what is preferred, else `default`."""
     if preferred_element_type is None:
-        return jnp.result_type(x, w)
+        return np.dtype(default)
     return checks.output_dtype(
         function, "preferred_element_type", preferred_element_type, checks.INPUT_DTYPES
     )

@@ -98,7 +98,7 @@ def dot_general(
     lhs = checks.array(function, "lhs", lhs, "(...)")
     rhs = checks.array(function, "rhs", rhs, "(...)")
     check_precision(function, precision)
-    out_dtype = result_dtype(function, lhs, rhs, preferred_element_type)
+    out_dtype = result_dtype(function, preferred_element_type, jnp.result_type(lhs, rhs))
     left, right, left_batch, right_batch = _dimension_numbers(function, dimension_numbers, lhs, rhs)
     rows = [a for a in range(lhs.ndim) if a not in left + left_batch]
     columns = [a for a in range(rhs.ndim) if a not in right + right_batch]

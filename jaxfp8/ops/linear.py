@@ -31,7 +31,8 @@ def linear(
     - `w`: float32, bfloat16 or float16 `(K, N)`, or a `QuantizedWeight` of that (see `jaxfp8.prequantize`).
     - `b`: `(N,)` or None; added after the product, in high precision.
     - `recipe`: a `jaxfp8.Recipe`; None is the one in force.
-    - `preferred_element_type`: dtype of the product; None is what x and w promote to.
+    - `preferred_element_type`: dtype of the result; None is x's, also of bfloat16 x with a float32 w (`dot_general` and
+      `einsum` promote, as JAX's do).
     - `out_sharding`: a PartitionSpec or NamedSharding of the result, on meshes with explicit axes.
 
     **Returns:** `(..., N)`. Gradients have the dtypes of their primals.
@@ -46,7 +47,7 @@ def linear(
     if b is not None:
         b = checks.array("linear", "b", b, "(N,)")
         checks.same("linear", "N", "w", w.shape[1], "b", b.shape[0])
-    out_dtype = result_dtype("linear", x, w, preferred_element_type)
+    out_dtype = result_dtype("linear", preferred_element_type, x.dtype)
     spec = out_spec("linear", out_sharding, x.ndim)
     with jax.named_scope("jaxfp8.linear"):
         vector = x.ndim == 1

@@ -25,6 +25,7 @@ from .._arrays.blocks import BLOCK
 from .._arrays.recipe import Recipe, current_recipe
 from .._primitives.leaf import once
 from .._primitives.mesh import explicit_axes, like_primal, place
+from .._primitives.once import differentiable_once
 from .._primitives.operation import Call, Operation
 from .._primitives.partition import Kernel
 from ..kernels import activation as act
@@ -32,7 +33,7 @@ from ..kernels import quantize as qt
 from ..kernels.activation import ACTIVATIONS, TWO, gated
 from ..kernels.gemm import gemm_kernel, product
 from ..kernels.grouped_gemm import grouped_kernel, grouped_product, grouped_wgrad_kernel
-from ._dot import out_spec, quantized_weight, sum_to, weight_dims
+from ._dot import out_spec, quantized_weight, result_dtype, sum_to, weight_dims
 from ._residuals import PRE_ACTIVATION_NAME, load, save
 from .prequantize import parts, prequantize
 
@@ -229,7 +230,7 @@ def _mlp_bwd(call: Call, types, residuals, cotangents):
     )
 
 
-_mlp.defvjp(_mlp_fwd, _mlp_bwd)
+_mlp.defvjp(*differentiable_once("mlp", _mlp_fwd, _mlp_bwd))
 
 mlp_operation = Operation(
     "jaxfp8_mlp",
@@ -345,7 +346,7 @@ def _ragged_bwd(call: Call, types, residuals, cotangents):
     )
 
 
-_ragged_mlp.defvjp(_ragged_fwd, _ragged_bwd)
+_ragged_mlp.defvjp(*differentiable_once("ragged_mlp", _ragged_fwd, _ragged_bwd))
 
 ragged_mlp_operation = Operation(
     "jaxfp8_ragged_mlp",
@@ -389,12 +390,7 @@ def _check(function, x, w_up, w_down, activation, preferred_element_type, recipe
     checks.same(function, "F", "w_up", w_up.shape[-1], "w_down", w_down.shape[-2])
     if groups:
         checks.same(function, "G", "w_up", w_up.shape[0], "w_down", w_down.shape[0])
-    if preferred_element_type is None:
-        out_dtype = jnp.result_type(x, w_up, w_down)
-    else:
-        out_dtype = checks.output_dtype(
-            function, "preferred_element_type", preferred_element_type, checks.INPUT_DTYPES
-        )
+    out_dtype = result_dtype(function, preferred_element_type, x.dtype)
     quantized = ()
     if quantized_up or quantized_down:
         quantized = _both_quantized(function, w_up, w_down, quantized_up, quantized_down, recipe)
@@ -409,7 +405,7 @@ def _check(function, x, w_up, w_down, activation, preferred_element_type, recipe
     bf16 = np.dtype(jnp.bfloat16)
     attributes = (
         ("activation", activation),
-        ("out_dtype", np.dtype(out_dtype)),
+        ("out_dtype", out_dtype),
         ("hidden_dtype", bf16 if bf16 in (x.dtype, out_dtype) else np.dtype(np.float32)),
         ("recipe", recipe),
     )
@@ -469,8 +465,8 @@ def mlp(
       `jax.nn.gelu(approximate=False)`, and other activations run unfused, in high precision, between two products:
       `linear(jax.nn.gelu(linear(x, w_up), approximate=False), w_down)`; of experts, `ragged_dot` likewise.
     - `recipe`: a `jaxfp8.Recipe`; None is the one in force.
-    - `preferred_element_type`: dtype of the result; None is what x and the weights promote to. The hidden layer, which
-      is kept for the backward pass, is bfloat16 if x or the result is, else float32.
+    - `preferred_element_type`: dtype of the result; None is x's, also of bfloat16 x with float32 weights. The
+      hidden layer, which is kept for the backward pass, is bfloat16 if x or the result is, else float32.
     - `out_sharding`: a PartitionSpec or NamedSharding of the result, on meshes with explicit axes.
 
     **Returns:** `(..., N)`. Gradients have the dtypes of their primals.

@@ -6,11 +6,13 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from .._arrays import checks
 from .._arrays.recipe import Recipe, current_recipe
 from .._primitives.leaf import once
 from .._primitives.mesh import like_primal
+from .._primitives.once import differentiable_once
 from .._primitives.operation import Call, Operation
 from ..kernels import quantize as qt
 from ..kernels.grouped_gemm import grouped_kernel, grouped_product, grouped_wgrad_kernel
@@ -106,7 +108,7 @@ def _ragged_bwd(call: Call, types, residuals, cotangents):
     )
 
 
-_ragged.defvjp(_ragged_fwd, _ragged_bwd)
+_ragged.defvjp(*differentiable_once("ragged_dot", _ragged_fwd, _ragged_bwd))
 
 ragged_operation = Operation(
     "jaxfp8_ragged_dot",
@@ -157,7 +159,7 @@ def ragged_dot(
     check_precision(function, precision)
     if group_offset is not None:
         raise NotImplementedError(f"{function}: group_offset is {group_offset!r}; allowed: None")
-    out_dtype = result_dtype(function, lhs, rhs, preferred_element_type)
+    out_dtype = result_dtype(function, preferred_element_type, jnp.result_type(lhs, rhs))
     spec = out_spec(function, out_sharding, 2)
     attributes = (("out_dtype", out_dtype), ("recipe", recipe))
     w_dims = ("g", "k", "n")

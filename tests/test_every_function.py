@@ -1,0 +1,209 @@
+"""What holds for every public operation: any integer dtype, x64, no tokens, symbolic tokens, partly manual meshes, and
+that a second derivative is refused and never zero."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import jaxfp8
+from tests.programs import assert_same_bits
+from tests.public_functions import (
+    DIFFERENTIABLE,
+    FUNCTIONS,
+    QUANTIZED,
+    arrays_of,
+    index_of,
+    shapes_of,
+)
+
+TOKENS = 40
+RARER = ("uint8", "int16", "uint32", "int64")
+INDEXED = [name for name, f in FUNCTIONS.items() if f.index]
+
+
+def call(name, tokens=TOKENS, index_dtype=np.int32):
+    """(function of the arrays, the arrays)."""
+    f = FUNCTIONS[name]
+    index = index_of(f, tokens, index_dtype)
+    return lambda *arrays: f.call(*arrays, index), arrays_of(f, tokens)
+
+
+def gradient(f):
+    def total(*arrays):
+        return f(*arrays).astype(jnp.float32).sum()
+
+    return lambda *arrays: jax.grad(total, tuple(range(len(arrays))))(*arrays)
+
+
+@pytest.mark.parametrize("name", INDEXED)
+@pytest.mark.parametrize(
+    "dtype",
+    ["int8", "uint64", *(pytest.param(d, marks=pytest.mark.full) for d in RARER)],
+)
+def test_the_integer_dtype_of_indices_and_sizes_does_not_matter(name, dtype):
+    f, arrays = call(name)
+    expected = f(*arrays)
+    with jax.enable_x64(True):
+        g, _ = call(name, index_dtype=np.dtype(dtype))
+        assert_same_bits(g(*arrays), expected)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_x64_changes_no_bit(name):
+    f, arrays = call(name)
+    expected = jax.jit(f)(*arrays)
+    with jax.enable_x64(True):
+        assert_same_bits(jax.jit(f)(*arrays), expected)
+        jax.jit(f).trace(*arrays).lower(lowering_platforms=("cuda",))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_x64_changes_no_bit_of_a_gradient(name):
+    f, arrays = call(name)
+    expected = gradient(f)(*arrays)
+    with jax.enable_x64(True):
+        assert_same_bits(gradient(f)(*arrays), expected)
+        jax.jit(gradient(f)).trace(*arrays).lower(lowering_platforms=("cuda",))
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_no_tokens_give_an_empty_result_and_zero_gradients_of_weights(name):
+    f, arrays = call(name, tokens=0)
+    y = f(*arrays)
+    assert y.shape[0] == 0
+    for array, got in zip(arrays, jax.jit(gradient(f))(*arrays), strict=True):
+        np.testing.assert_array_equal(got, np.zeros(array.shape))
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_no_rows_give_a_finite_result(name):
+    f, arrays = call(name, tokens=0)
+    assert np.isfinite(np.asarray(f(*arrays), np.float32)).all()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_number_of_tokens_may_be_symbolic(name):
+    function = FUNCTIONS[name]
+    (m,) = jax.export.symbolic_shape("m")
+    types = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes_of(function, m)]
+    index = index_of(function, TOKENS)
+    if index is not None:
+        shape = (m, *index.shape[1:]) if function.index == "expert" else index.shape
+        types.append(jax.ShapeDtypeStruct(shape, jnp.int32))
+
+    def f(*arrays):
+        return function.call(*arrays, *([None] if index is None else []))
+
+    checks = jaxfp8.export.disabled_checks()
+    exported = jax.export.export(jax.jit(f), disabled_checks=checks)(*types)
+    arrays = [*arrays_of(function, TOKENS), *([] if index is None else [index])]
+    np.testing.assert_allclose(
+        np.asarray(exported.call(*arrays), np.float32),
+        np.asarray(f(*arrays), np.float32),
+        rtol=1e-5,
+        atol=1e-4,
+    )
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.full)])
+def test_a_mesh_may_be_manual_in_some_axes_and_automatic_in_others(name, check_vma):
+    f, arrays = call(name)
+    mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    mapped = jax.shard_map(
+        lambda *xs: f(*xs),
+        mesh=mesh,
+        in_specs=tuple(P("data") if a.shape[0] == TOKENS else P() for a in arrays),
+        out_specs=P("data"),
+        axis_names={"data"},
+        check_vma=check_vma,
+    )
+    assert_same_bits(jax.jit(mapped)(*arrays), jax.jit(f)(*arrays))
+
+
+# --------------------------------------------------------------------------------------------------
+# Second derivatives
+# --------------------------------------------------------------------------------------------------
+
+
+def loss_of(name):
+    f, arrays = call(name)
+
+    def loss(*arrays):
+        return (jnp.tanh(f(*arrays).astype(jnp.float32)) ** 2).sum()
+
+    return loss, arrays
+
+
+SECOND = {
+    "eager": lambda loss: jax.grad(lambda *a: sum(g.sum() for g in jax.grad(loss, (0, 1))(*a)), 1),
+    "jit": lambda loss: jax.jit(jax.grad(lambda *a: jax.jit(jax.grad(loss, 1))(*a).sum(), 1)),
+    "mixed": lambda loss: jax.grad(lambda *a: jax.grad(loss, 0)(*a).sum(), 1),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize(
+    "how", ["jit", *(pytest.param(h, marks=pytest.mark.full) for h in ("eager", "mixed"))]
+)
+def test_a_second_derivative_is_refused_by_the_public_name(name, how):
+    loss, arrays = loss_of(name)
+    allowed = {
+        "autocast": "linear",
+        "dispatch and combine": "combine|dispatch",
+    }.get(name, name.partition(",")[0])
+    with pytest.raises(NotImplementedError, match=rf"({allowed}).*first derivatives only"):
+        SECOND[how](loss)(*arrays)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_forward_over_reverse_is_refused(name):
+    loss, arrays = loss_of(name)
+    with pytest.raises((NotImplementedError, TypeError), match="derivative|custom_vjp"):
+        jax.jvp(jax.grad(loss, 1), tuple(arrays), tuple(arrays))
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_a_stopped_first_gradient_may_be_part_of_a_loss(name):
+    loss, (x, w, *others) = loss_of(name)
+
+    def step(w):
+        return loss(x, w - 0.1 * jax.lax.stop_gradient(jax.grad(loss, 1)(x, w, *others)), *others)
+
+    moved = w - 0.1 * jax.grad(loss, 1)(x, w, *others)
+    np.testing.assert_allclose(
+        jax.grad(step)(w), jax.grad(loss, 1)(x, moved, *others), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_quantizer_has_no_derivative_but_may_be_passed_straight_through():
+    x = np.random.default_rng(0).standard_normal((8, 128)).astype(np.float32)
+    for q in (lambda x: jaxfp8.quantize(x), lambda x: jaxfp8.quantize_both(x)[0]):
+        with pytest.raises(NotImplementedError, match="quantize.*no derivative"):
+            jax.grad(lambda x, q=q: q(x).dequantize().sum())(x)
+        straight = jax.grad(lambda x, q=q: (x + jax.lax.stop_gradient(q(x).dequantize() - x)).sum())
+        np.testing.assert_array_equal(straight(x), np.ones_like(x))
+
+
+# --------------------------------------------------------------------------------------------------
+# Width of results
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["linear", "linear, prequantized", "mlp", "ragged_mlp"])
+def test_activations_keep_their_dtype_beside_float32_weights(name):
+    f, (x, *weights) = call(name)
+    x = x.astype(jnp.bfloat16)
+    y, pull = jax.vjp(f, x, *weights)
+    assert y.dtype == jnp.bfloat16
+    assert [g.dtype for g in pull(y)] == [jnp.bfloat16] + [jnp.float32] * len(weights)
+
+
+@pytest.mark.parametrize("name", ["einsum", "dot_general", "ragged_dot"])
+def test_products_with_jaxs_signatures_promote_as_jaxs(name):
+    f, (x, *weights) = call(name)
+    assert f(x.astype(jnp.bfloat16), *weights).dtype == jnp.float32

@@ -21,6 +21,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from gemm_bench import Driver, Problem, Timer, cdiv, describe_device, use_installed  # noqa: E402
 from speed import spread  # noqa: E402
 
+from jaxfp8.kernels.configurations import Product, read_table, write_table  # noqa: E402
+
 # (in, out) of the linear layers.
 LAYERS = {
     "Llama-3 8B": [(4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096)],
@@ -106,19 +108,18 @@ TABLE_KINDS = {
 
 def add_to_table(path, device, rows):
     """Entries of every row where another configuration is more than 2 % faster than the heuristic's."""
-    from jaxfp8._tools import tune as _tune
 
-    table = _tune._read(path) if path.exists() else {}
+    table = read_table(path) if path.exists() else {}
     products = table.setdefault(device, {})
     for row in rows:
         if row["ratio"] > 1.02:
-            product = _tune.Product(
+            product = Product(
                 TABLE_KINDS[row["kind"]],
                 *(row[f] for f in ("m", "n", "k", "groups")),
                 out_dtype="float32" if row["kind"] in ("1d1d", "grouped_wgrad") else "bfloat16",
             )
             products[product] = row["best"], row["microseconds"][row["best"]]
-    _tune._write(path, table)
+    write_table(path, table)
 
 
 def main():

@@ -22,22 +22,22 @@ if TYPE_CHECKING:
     from . import tokamax as tokamax
     from . import validate as validate
     from ._arrays.quantized_array import QuantizedArray as QuantizedArray
+    from ._arrays.quantized_array import dequantize as dequantize
     from ._arrays.quantized_weight import QuantizedWeight as QuantizedWeight
     from ._arrays.recipe import Recipe as Recipe
-    from ._autocast.autocast import AutocastPolicy as AutocastPolicy
     from ._autocast.autocast import autocast as autocast
-    from ._tools.explain import Explanation as Explanation
+    from ._autocast.policy import AutocastPolicy as AutocastPolicy
     from ._tools.explain import explain as explain
-    from ._tools.tune import Product as Product
-    from ._tools.tune import load_tuned as load_tuned
+    from ._tools.explanation import Explanation as Explanation
     from ._tools.tune import products_of as products_of
     from ._tools.tune import tune as tune
+    from .kernels.configurations import Product as Product
+    from .kernels.configurations import load_tuned as load_tuned
     from .kernels.gemm import gemm as gemm
     from .kernels.gemm import wgrad_gemm as wgrad_gemm
     from .kernels.grouped_gemm import grouped_gemm as grouped_gemm
     from .kernels.grouped_gemm import grouped_wgrad_gemm as grouped_wgrad_gemm
     from .kernels.grouped_gemm import masked_grouped_gemm as masked_grouped_gemm
-    from .kernels.quantize import dequantize as dequantize
     from .kernels.quantize import quantize as quantize
     from .kernels.quantize import quantize_both as quantize_both
     from .kernels.quantize import quantize_weight as quantize_weight
@@ -53,9 +53,9 @@ if TYPE_CHECKING:
     from .ops.ragged_dot import ragged_dot as ragged_dot
 
 _MODULES = {
-    "AutocastPolicy": "_autocast.autocast",
-    "Explanation": "_tools.explain",
-    "Product": "_tools.tune",
+    "AutocastPolicy": "_autocast.policy",
+    "Explanation": "_tools.explanation",
+    "Product": "kernels.configurations",
     "QuantizedArray": "_arrays.quantized_array",
     "QuantizedWeight": "_arrays.quantized_weight",
     "Recipe": "_arrays.recipe",
@@ -63,7 +63,7 @@ _MODULES = {
     "autocast": "_autocast.autocast",
     "checkpoint_policies": "checkpoint_policies",
     "combine": "ops.expert_parallel",
-    "dequantize": "kernels.quantize",
+    "dequantize": "_arrays.quantized_array",
     "dispatch": "ops.expert_parallel",
     "dot_general": "ops.dot_general",
     "einsum": "ops.einsum",
@@ -73,7 +73,7 @@ _MODULES = {
     "grouped_gemm": "kernels.grouped_gemm",
     "grouped_wgrad_gemm": "kernels.grouped_gemm",
     "linear": "ops.linear",
-    "load_tuned": "_tools.tune",
+    "load_tuned": "kernels.configurations",
     "masked_grouped_gemm": "kernels.grouped_gemm",
     "mlp": "ops.mlp",
     "prequantize": "ops.prequantize",

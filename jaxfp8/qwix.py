@@ -25,11 +25,11 @@ from qwix._src.utils import (
 )
 
 from ._arrays import checks
-from ._arrays.blocks import BLOCK
-from ._arrays.quantized_array import QuantizedArray
+from ._arrays.blocks import BLOCK, ROW, SQUARE
+from ._arrays.quantized_array import QuantizedArray, quantized
 from ._arrays.recipe import FP8_DTYPES, Recipe, current_recipe
 from .kernels.gemm import gemm
-from .kernels.quantize import ROW, SQUARE, quantize
+from .kernels.quantize import quantize
 from .ops.dot_general import dot_general
 from .ops.einsum import einsum
 from .ops.ragged_dot import ragged_dot
@@ -265,7 +265,7 @@ def to_qarray(q: QuantizedArray) -> qwix.QArray:
     **Raises:** TypeError if q is not a QuantizedArray, ValueError if blocks at its edges are short.
     """
     shape = "(..., K)" if getattr(q, "block", None) == ROW else "(..., M, K)"
-    q = checks.quantized("to_qarray", "q", q, shape, (ROW, SQUARE))
+    q = quantized("to_qarray", "q", q, shape, (ROW, SQUARE))
     rows, _ = q.block
     for name, size in (("K", q.shape[-1]), ("M", q.shape[-2] if rows != 1 else BLOCK)):
         if size > BLOCK and size % BLOCK:

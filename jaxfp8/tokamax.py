@@ -19,12 +19,13 @@ import numpy as np
 import qwix
 
 from ._arrays import checks
+from ._arrays.blocks import ROW, SQUARE
 from ._arrays.quantized_array import QuantizedArray
 from ._arrays.recipe import FP8_DTYPES, Recipe, current_recipe
 from ._primitives.mesh import match_varying
 from .kernels.grouped_gemm import grouped_gemm, grouped_wgrad_gemm
-from .kernels.quantize import ROW, SQUARE, quantize, quantize_both
-from .ops._dot import check_precision
+from .kernels.quantize import quantize, quantize_both
+from .ops._arguments import check_precision
 from .ops.ragged_dot import ragged_dot
 from .qwix import from_qarray
 

@@ -20,14 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ._arrays.blocks import SQUARE
 from ._arrays.quantized_array import QuantizedArray
 from ._arrays.recipe import Recipe
 from ._primitives import operation as _operation
-from ._primitives.operation import Call, Operation
+from ._primitives.call import Call
+from ._primitives.operation import Operation
 from .kernels.activation import TWO
-from .kernels.quantize import SQUARE, quantize, weight_kernel
+from .kernels.quantize import quantize, weight_kernel
 from .ops._dot import dot_operation, weight_dims
-from .ops.mlp import mlp_operation, ragged_mlp_operation
+from .ops._mlp_dense import mlp_operation
+from .ops._mlp_ragged import ragged_mlp_operation
 from .ops.ragged_dot import ragged_operation
 
 __all__ = [

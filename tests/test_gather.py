@@ -10,9 +10,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxfp8._arrays.recipe import Format
 from jaxfp8.kernels import activation as act
-from jaxfp8.kernels import gather
-from jaxfp8.kernels import quantize as qt
+from jaxfp8.kernels import gather, named
 from jaxfp8.kernels.sum_rows import sum_rows
 from tests import oracle, oracle_activation, oracle_moe
 from tests import oracle_quantize as oq
@@ -20,7 +20,7 @@ from tests import oracle_quantize as oq
 BF16 = ml_dtypes.bfloat16
 S, M, K, G = 37, 90, 200, 3
 SIZES = np.array([40, 0, 33], np.int32)
-FORMATS = [qt.Format(np.dtype(d), p) for d in (oq.E4M3, oq.E5M2) for p in (False, True)]
+FORMATS = [Format(np.dtype(d), p) for d in (oq.E4M3, oq.E5M2) for p in (False, True)]
 
 
 def values(seed, *shape, dtype=np.float32):
@@ -50,7 +50,7 @@ def gathered(x, source, sizes, fmt, kind="both"):
 
 
 def gathered_fp8(data, scale, source, sizes, pow2, kind="both"):
-    q, ends = qt.named(data, scale, ("s", "k")), (source, ("m",), sizes, ("g",))
+    q, ends = named.named(data, scale, ("s", "k")), (source, ("m",), sizes, ("g",))
     if kind == "rows":
         return arrays(gather.fp8_rows(q, source, ("m",)))
     if kind == "columns":

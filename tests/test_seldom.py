@@ -17,8 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 import jaxfp8
 from jaxfp8 import AutocastPolicy, autocast, explain
-from jaxfp8._tools import explain as _explain
 from jaxfp8._tools import tune as _tune
+from jaxfp8._tools.explanation import engineering
 from jaxfp8._tools.roofline import device
 from tests.programs import assert_close, assert_same_bits, products
 
@@ -129,7 +129,7 @@ def test_a_function_without_products_explains_itself():
     found = explain(jnp.tanh, X)
     assert not found.lines and found.flops == found.fp8_share == 0
     assert "0 of 0 products in FP8: 0.0% of 0 FLOP" in str(found)
-    assert _explain.engineering(999) == "999 " and _explain.engineering(2.5e15) == "2.5 P"
+    assert engineering(999) == "999 " and engineering(2.5e15) == "2.5 P"
 
 
 def test_products_that_autocast_does_not_enter_are_listed_as_such():

@@ -12,6 +12,8 @@ import pytest
 import jaxfp8
 from jaxfp8 import _ffi
 from jaxfp8._tools import tune as _tune
+from jaxfp8.kernels import configurations
+from jaxfp8.kernels.configurations import SHIPPED, config_names, read_table
 from tests.emulated_platform import emulated_platform
 from tests.kernel_cases import quantized
 
@@ -34,9 +36,9 @@ def config_attributes(function, *args):
 @pytest.fixture
 def tables(monkeypatch):
     """Tables of this test alone, on a device of the kind "test"."""
-    monkeypatch.setattr(_tune, "_lowering_device_kind", lambda: "test")
+    monkeypatch.setattr(configurations, "lowering_device_kind", lambda: "test")
     table = {}
-    monkeypatch.setattr(_tune, "_tables", lambda: table)
+    monkeypatch.setattr(configurations, "_tables", lambda: table)
     return table
 
 
@@ -47,7 +49,7 @@ def tables(monkeypatch):
 @pytest.mark.parametrize("square", [True, False], ids=["128x128", "1x128"])
 def test_a_named_config_is_the_custom_calls_attribute(square):
     lhs, rhs = operands(square=square)
-    names = _tune.config_names("gemm_1d2d" if square else "gemm_1d1d")
+    names = config_names("gemm_1d2d" if square else "gemm_1d1d")
     for i in (0, len(names) - 1):
         f = functools.partial(jaxfp8.gemm, config=names[i])
         assert config_attributes(f, lhs, rhs) == [i]
@@ -210,7 +212,7 @@ def test_a_file_that_is_no_table_is_refused(tmp_path, content, message):
 
 
 def test_the_shipped_table_is_one():
-    for products in _tune._read(_tune.SHIPPED).values():
+    for products in read_table(SHIPPED).values():
         assert products
 
 
@@ -250,7 +252,7 @@ def test_products_of_a_program_are_those_of_its_custom_calls():
 def test_every_config_gives_the_same_bits(square):
     """Blocks are added in order whatever the tile."""
     lhs, rhs = operands(square=square)
-    names = _tune.config_names("gemm_1d2d" if square else "gemm_1d1d")
+    names = config_names("gemm_1d2d" if square else "gemm_1d1d")
     with emulated_platform(num_sms=2):
         results = {
             name: np.asarray(jaxfp8.gemm(lhs, rhs, out_dtype=jnp.float32, config=name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 BLOCK = 128
@@ -47,3 +48,62 @@ def group_at(starts, position):
     Counted by comparison: `jnp.searchsorted` fails in a partly manual mesh and mixes integer widths under x64.
     """
     return jnp.sum(starts <= position[..., None], axis=-1, dtype=jnp.int32) - 1
+
+
+ROW = (1, BLOCK)
+SQUARE = (BLOCK, BLOCK)
+
+
+SMALLEST_NORMAL = np.float32(2.0**-126)
+NAN_CODE = np.uint8(0x7F)  # in both FP8 types
+
+
+def quantize_blocks(x, block, dtype, pow2):
+    """FP8 data and float32 scales of blocks over the last two axes; blocks at the edges may be short.
+
+    One reduction over the magnitudes as integers orders finite values, then infinity, then NaN; a floating-point
+    maximum may lose NaN (XLA:CPU's does).
+    """
+    top = float(jnp.finfo(dtype).max)
+    *lead, m, k = x.shape
+    rows, columns = block
+    blocks_m, blocks_k = -(-m // rows), -(-k // columns)
+    if x.dtype != jnp.float32:
+        # Else XLA may drop a rounding to bfloat16 just before, and jit would differ from eager.
+        x = lax.optimization_barrier(x).astype(jnp.float32)
+    pad = [(0, 0)] * len(lead) + [(0, blocks_m * rows - m), (0, blocks_k * columns - k)]
+    x = jnp.pad(x, pad).reshape(*lead, blocks_m, rows, blocks_k, columns)
+    magnitude = lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
+    subnormal = magnitude < 0x00800000
+    x = jnp.where(subnormal, 0.0, x)
+    top_bits = jnp.max(jnp.where(subnormal, 0, magnitude), axis=(-3, -1), initial=0)
+    amax = lax.bitcast_convert_type(top_bits, jnp.float32)
+
+    scale = jnp.maximum(amax * (np.float32(1) / np.float32(top)), SMALLEST_NORMAL)
+    if pow2:
+        bits = lax.bitcast_convert_type(scale, jnp.uint32)
+        bits = (bits + np.uint32(0x007FFFFF)) & np.uint32(0xFF800000)
+        scale = lax.bitcast_convert_type(bits, jnp.float32)
+    nonfinite = top_bits >= 0x7F800000
+    scale = jnp.where(top_bits == 0, np.float32(1), scale)
+    scale = jnp.where(nonfinite, np.float32(np.nan), scale)
+
+    def spread(v):
+        return v[..., :, None, :, None]
+
+    # Clip first: a JAX cast to float8_e4m3fn overflows to NaN.
+    data = jnp.clip(x * spread(1 / scale), -top, top).astype(dtype)
+    data = lax.bitcast_convert_type(data, jnp.uint8)
+    data = jnp.where(spread(nonfinite), NAN_CODE, data)
+    data = lax.bitcast_convert_type(data, dtype)
+    return data.reshape(*lead, blocks_m * rows, blocks_k * columns)[..., :m, :k], scale
+
+
+def dequantize_blocks(data, scale, block):
+    """float32 `data * scale`, exact to one rounding."""
+    *_, m, k = data.shape
+    rows, columns = block
+    scale = jnp.repeat(scale, columns, -1)[..., :k]
+    if rows != 1:
+        scale = jnp.repeat(scale, rows, -2)[..., :m, :]
+    return data.astype(jnp.float32) * scale

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from .blocks import BLOCK, ceil_blocks
-from .quantized_array import QuantizedArray
-from .quantized_weight import QuantizedWeight
-from .recipe import FP8_DTYPES
 
 INPUT_DTYPES = tuple(np.dtype(d) for d in (jnp.float32, jnp.bfloat16, jnp.float16))
 OUTPUT_DTYPES = tuple(np.dtype(d) for d in (jnp.bfloat16, jnp.float32))
@@ -22,16 +18,13 @@ def names(dtypes) -> str:
 
 
 def _is_array(x: Any) -> bool:
-    # A class of scalars, np.float32 itself, has the attributes too.
-    return hasattr(x, "shape") and hasattr(x, "dtype") and not isinstance(x, type)
+    # A class of scalars, np.float32 itself, has the attributes too; so has a QuantizedArray.
+    is_other = isinstance(x, type) or dataclasses.is_dataclass(x)
+    return hasattr(x, "shape") and hasattr(x, "dtype") and not is_other
 
 
 def array(function: str, name: str, x: Any, shape: str, dtypes=INPUT_DTYPES) -> jax.Array:
     """`x` as a JAX array with the rank of `shape`, such as "(M, K)"; "(..., M, K)" is a least rank."""
-    if isinstance(x, (QuantizedArray, QuantizedWeight)):
-        raise TypeError(
-            f"{function}: {name} is a {type(x).__name__}; allowed: an array of {names(dtypes)}"
-        )
     if not _is_array(x):
         raise TypeError(
             f"{function}: {name} is a {type(x).__name__}; allowed: an array of {names(dtypes)}"
@@ -80,30 +73,6 @@ def output_dtype(function: str, name: str, dtype: Any, allowed=OUTPUT_DTYPES) ->
     if dtype not in allowed:
         raise TypeError(f"{function}: {name} is {dtype.name}; allowed: {names(allowed)}")
     return dtype
-
-
-def quantized(function: str, name: str, q: Any, shape: str, blocks) -> QuantizedArray:
-    """A QuantizedArray of FP8 data with the rank of `shape`, one of `blocks`, and scales that fit."""
-    if not isinstance(q, QuantizedArray):
-        raise TypeError(
-            f"{function}: {name} is a {type(q).__name__}; allowed: a QuantizedArray (see jaxfp8.quantize)"
-        )
-    data = array(function, f"{name}.data", q.data, shape, FP8_DTYPES)
-    if q.block not in blocks:
-        allowed = " or ".join(f"{r}x{c}" for r, c in blocks)
-        got = "x".join(map(str, q.block)) if isinstance(q.block, tuple) else repr(q.block)
-        raise ValueError(f"{function}: {name} has blocks of {got}; allowed: {allowed}")
-    rows, _ = q.block
-    want = data.shape[:-1] + (ceil_blocks(data.shape[-1]),)
-    if rows != 1:
-        want = data.shape[:-2] + (ceil_blocks(data.shape[-2]), want[-1])
-    scale = array(function, f"{name}.scale", q.scale, shape, (np.dtype("float32"),))
-    if scale.shape != want:
-        raise ValueError(
-            f"{function}: {name}.scale has shape {scale.shape}; allowed: {want} for data {data.shape} "
-            f"in blocks of {rows}x{BLOCK}"
-        )
-    return QuantizedArray(data, scale, q.block)
 
 
 def same(function: str, what: str, left: str, left_size: int, right: str, right_size: int) -> None:

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .blocks import BLOCK
+from . import checks
+from .blocks import BLOCK, ROW, SQUARE, ceil_blocks, dequantize_blocks
+from .recipe import FP8_DTYPES
 
 
 @jax.tree_util.register_dataclass
@@ -57,8 +59,6 @@ class QuantizedArray:
 
     def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
         """`data * scale` in `dtype`; see `jaxfp8.dequantize`."""
-        from ..kernels.quantize import dequantize
-
         return dequantize(self, dtype=dtype)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -81,3 +81,47 @@ class QuantizedArray:
         # Also of what a check is about to refuse: its message shows it.
         block = "x".join(map(str, self.block)) if isinstance(self.block, tuple) else self.block
         return f"QuantizedArray({text(self.data)}, scale={text(self.scale)}, block={block})"
+
+
+def quantized(function: str, name: str, q: Any, shape: str, blocks) -> QuantizedArray:
+    """A QuantizedArray of FP8 data with the rank of `shape`, one of `blocks`, and scales that fit."""
+    if not isinstance(q, QuantizedArray):
+        raise TypeError(
+            f"{function}: {name} is a {type(q).__name__}; allowed: a QuantizedArray (see jaxfp8.quantize)"
+        )
+    data = checks.array(function, f"{name}.data", q.data, shape, FP8_DTYPES)
+    if q.block not in blocks:
+        allowed = " or ".join(f"{r}x{c}" for r, c in blocks)
+        got = "x".join(map(str, q.block)) if isinstance(q.block, tuple) else repr(q.block)
+        raise ValueError(f"{function}: {name} has blocks of {got}; allowed: {allowed}")
+    rows, _ = q.block
+    want = data.shape[:-1] + (ceil_blocks(data.shape[-1]),)
+    if rows != 1:
+        want = data.shape[:-2] + (ceil_blocks(data.shape[-2]), want[-1])
+    scale = checks.array(function, f"{name}.scale", q.scale, shape, (np.dtype("float32"),))
+    if scale.shape != want:
+        raise ValueError(
+            f"{function}: {name}.scale has shape {scale.shape}; allowed: {want} for data {data.shape} "
+            f"in blocks of {rows}x{BLOCK}"
+        )
+    return QuantizedArray(data, scale, q.block)
+
+
+def dequantize(q: QuantizedArray, dtype: Any = jnp.float32) -> jax.Array:
+    """`data * scale`: computed in float32, then rounded to `dtype`.
+
+    **Arguments:**
+
+    - `q`: a QuantizedArray, data `(..., M, K)`; `(..., K)` in 1x128 blocks.
+    - `dtype`: float32, bfloat16 or float16. With power-of-two scales bfloat16 is exact.
+
+    **Returns:** an array of q's shape.
+
+    **Raises:** TypeError or ValueError if `q` is not a consistent QuantizedArray or `dtype` another type.
+    """
+    dtype = checks.output_dtype("dequantize", "dtype", dtype, checks.INPUT_DTYPES)
+    shape = "(..., K)" if getattr(q, "block", None) == ROW else "(..., M, K)"
+    q = quantized("dequantize", "q", q, shape, (ROW, SQUARE))
+    if q.ndim == 1:
+        return dequantize_blocks(q.data[None], q.scale[None], q.block)[0].astype(dtype)
+    return dequantize_blocks(q.data, q.scale, q.block).astype(dtype)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .blocks import BLOCK
-from .quantized_array import QuantizedArray
+from .quantized_array import QuantizedArray, quantized
 
 
 @jax.tree_util.register_dataclass
@@ -86,3 +86,18 @@ class QuantizedWeight:
     def __repr__(self) -> str:
         dims = ",".join(map(str, getattr(self.value, "shape", "?")))
         return f"QuantizedWeight([{dims}], {jnp.dtype(self.fp8_dtype).name})"
+
+
+def parts(function: str, name: str, w: Any) -> tuple[jax.Array, ...]:
+    """What a product takes of a QuantizedWeight: data and scales of both orientations; () of a plain array."""
+    if not isinstance(w, QuantizedWeight):
+        return ()
+    data = w.nt, w.nn
+    for orientation, q in zip(("nt", "nn"), data, strict=True):
+        quantized(function, f"{name}.{orientation}", q, "(..., K, N)", ((BLOCK, BLOCK),))
+    if w.nn.shape != w.shape or w.nt.shape != (*w.shape[:-2], w.shape[-1], w.shape[-2]):
+        raise ValueError(
+            f"{function}: {name} has copies of shapes {w.nt.shape} and {w.nn.shape}, its value {w.shape}; "
+            "they must be (..., N, K), (..., K, N) and (..., K, N)"
+        )
+    return tuple(v for q in data for v in (q.data, q.scale))

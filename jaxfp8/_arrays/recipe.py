@@ -2,7 +2,7 @@
 
 import dataclasses
 import threading
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -129,3 +129,20 @@ def current_recipe(function: str, recipe: Recipe | None = None) -> Recipe:
     if not isinstance(recipe, Recipe):
         raise TypeError(f"{function}: recipe is {recipe!r}; allowed: a jaxfp8.Recipe, or None")
     return recipe
+
+
+class Format(NamedTuple):
+    """What a quantizer writes."""
+
+    dtype: np.dtype
+    pow2: bool
+
+
+def forward_format(recipe: Recipe) -> Format:
+    """Format of activations and weights."""
+    return Format(recipe.dtype, recipe.scale_format == "pow2")
+
+
+def gradient_format(recipe: Recipe) -> Format:
+    """Format of gradients."""
+    return Format(recipe.grad_dtype, recipe.backward_scale_format == "pow2")

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .._tools.explain import readable_time
+from .._tools.explanation import readable_time
 from .models import MODELS, Shape
 
 

@@ -8,7 +8,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from .._tools.explain import engineering, explain, readable_time
+from .._tools.explain import explain
+from .._tools.explanation import engineering, readable_time
 from . import chosen_device, device_option, product_arguments
 
 

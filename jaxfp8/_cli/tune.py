@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from .._tools.explain import readable_time
+from .._tools.explanation import readable_time
 from .bench import ShapeType, operands, trained
 from .models import MODELS, Shape
 

@@ -15,28 +15,22 @@ import numpy as np
 from jax import lax
 
 from .. import _ffi
-from .._arrays.blocks import BLOCK, ceil_blocks
+from .._arrays.blocks import BLOCK, ROW, ceil_blocks, quantize_blocks
+from .._arrays.recipe import Format
+from .._primitives.call import Call
 from .._primitives.leaf import Leaf
 from .._primitives.mesh import is_explicit
-from .._primitives.operation import Call
-from .._primitives.partition import Kernel
+from .._primitives.sharded_operation import Kernel
 from ._mapped import mapped
+from .named import Named, named, scale_dims_of
 from .quantize import (
-    ROW,
-    Format,
-    Named,
-    _blocked,
-    _cuts_blocks,
-    _order_tokens,
-    _reference_ragged_columns,
     columns,
-    named,
-    quantize_blocks,
     quantize_ragged_both_leaf,
     quantize_ragged_columns_leaf,
     quantize_rows_leaf,
     rows,
 )
+from .tokens import cuts_blocks, order_tokens, reference_ragged_columns
 
 ACTIVATIONS = ("silu", "gelu")
 """By the number that the custom calls take."""
@@ -130,7 +124,7 @@ def _reference_grad_both(x, dy, *, activation, dtype, pow2):
 
 def _reference_ragged_both(x, sizes, *, activation, dtype, pow2):
     y = activate(x, activation)
-    return _rows(y, dtype, pow2) + _reference_ragged_columns(y, sizes, dtype=dtype, pow2=pow2)
+    return _rows(y, dtype, pow2) + reference_ragged_columns(y, sizes, dtype=dtype, pow2=pow2)
 
 
 def _reference_ragged_grad_both(x, dy, sizes, *, activation, dtype, pow2):
@@ -139,7 +133,7 @@ def _reference_ragged_grad_both(x, dy, sizes, *, activation, dtype, pow2):
 
 def _quantized_ragged_grad(dx, sizes, dtype, pow2):
     m, a, f = dx.shape
-    data, scale = _reference_ragged_columns(dx.reshape(m, a * f), sizes, dtype=dtype, pow2=pow2)
+    data, scale = reference_ragged_columns(dx.reshape(m, a * f), sizes, dtype=dtype, pow2=pow2)
     columns = [v.reshape(a, f, v.shape[-1]) for v in (data, scale)]
     return _rows(dx, dtype, pow2) + columns
 
@@ -150,7 +144,7 @@ def _reference_weighted_rows(x, weight, *, activation, dtype, pow2):
 
 def _reference_ragged_weighted_both(x, weight, sizes, *, activation, dtype, pow2):
     y = activate_weighted(x, weight, activation)
-    return _rows(y, dtype, pow2) + _reference_ragged_columns(y, sizes, dtype=dtype, pow2=pow2)
+    return _rows(y, dtype, pow2) + reference_ragged_columns(y, sizes, dtype=dtype, pow2=pow2)
 
 
 def _reference_ragged_weighted_grad_both(x, dy, weight, sizes, *, activation, dtype, pow2):
@@ -365,7 +359,7 @@ def gated(local):
 
 def _bind(kernel, activation, fmt: Format, ins, outs, *arrays):
     attributes = (("activation", activation), ("dtype", fmt.dtype), ("pow2", fmt.pow2))
-    outs = tuple(d for dims in outs for d in (dims, _blocked(dims)))
+    outs = tuple(d for dims in outs for d in (dims, scale_dims_of(dims)))
     return kernel(*arrays, call=Call(ins, outs, attributes))
 
 
@@ -386,9 +380,9 @@ def _rows_and_columns(arrays, ins, out, tokens, fmt: Format, activation) -> tupl
     ordered = []
     for x, dims in zip(arrays, ins, strict=True):
         tail = len(_tail(dims))
-        merged, order, merged_tokens = _order_tokens(x, dims, tokens, merge=True, tail=tail)
-        _, in_place, _ = _order_tokens(x, dims, tokens, merge=False, tail=tail)
-        if is_explicit(jax.typeof(x)) and (order != in_place or _cuts_blocks(merged, tail)):
+        merged, order, merged_tokens = order_tokens(x, dims, tokens, merge=True, tail=tail)
+        _, in_place, _ = order_tokens(x, dims, tokens, merge=False, tail=tail)
+        if is_explicit(jax.typeof(x)) and (order != in_place or cuts_blocks(merged, tail)):
             # The columns need whole blocks of tokens; the rows must keep their sharding.
             y = _compute(arrays, ins, activation)
             return rows(y, out, fmt), columns(y, out, tokens, fmt)
@@ -497,7 +491,7 @@ def ragged_weighted_activation_grad(
     new, last = _new(ins), _tail(dims)
     outs = ((*new, "m", *last), (*new, *last, "t"))
     attributes = (("activation", activation), ("dtype", fmt.dtype), ("pow2", fmt.pow2))
-    call_outs = tuple(d for out in outs for d in (out, _blocked(out)))
+    call_outs = tuple(d for out in outs for d in (out, scale_dims_of(out)))
     call = Call(ins, (*call_outs, (*new, "m", "f/")), attributes)
     row, row_scale, column, column_scale, dweight = ragged_weighted_kernel(
         x, dy, weight, sizes, call=call

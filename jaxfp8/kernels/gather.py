@@ -17,24 +17,15 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import lax
 
+from .._arrays.blocks import ROW, dequantize_blocks, quantize_blocks
+from .._arrays.recipe import Format
+from .._primitives.call import Call
 from .._primitives.leaf import Leaf
-from .._primitives.operation import Call
-from .._primitives.partition import Kernel
+from .._primitives.sharded_operation import Kernel
 from ._mapped import mapped
-from .quantize import (
-    ROW,
-    Format,
-    Named,
-    _blocked,
-    dequantize_blocks,
-    named,
-    quantize_blocks,
-    quantize_ragged_both_leaf,
-    quantize_ragged_columns_leaf,
-    quantize_rows_leaf,
-    quantize_token_axis,
-    token_axis,
-)
+from .named import Named, named, scale_dims_of
+from .quantize import quantize_ragged_both_leaf, quantize_ragged_columns_leaf, quantize_rows_leaf
+from .tokens import quantize_token_axis, token_axis
 
 # --------------------------------------------------------------------------------------------------
 # Reference numerics
@@ -167,7 +158,7 @@ def _new(*all_dims):
 
 
 def _bind(kernel, arrays, ins, outs, **attributes):
-    outs = tuple(d for dims in outs for d in (dims, _blocked(dims)))
+    outs = tuple(d for dims in outs for d in (dims, scale_dims_of(dims)))
     call = Call(ins, outs, tuple(attributes.items()))
     results = kernel(*arrays, call=call)
     pairs = zip(results[::2], results[1::2], outs[::2], strict=True)

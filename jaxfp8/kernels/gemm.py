@@ -11,15 +11,15 @@ from jax import lax
 
 from .. import _ffi
 from .._arrays import checks
-from .._arrays.blocks import BLOCK
-from .._arrays.quantized_array import QuantizedArray
+from .._arrays.blocks import ROW, SQUARE, dequantize_blocks
+from .._arrays.quantized_array import QuantizedArray, quantized
 from .._arrays.recipe import check_num_sms, current_recipe
 from .._ffi import CONTRACTION_STEP
+from .._primitives.call import Call, arrange, restore
 from .._primitives.leaf import Leaf, once
-from .._primitives.operation import Call
-from .._primitives.partition import Kernel, arrange, restore
-from .._tools.tune import check_config, config_index, product_of_call
-from .quantize import ROW, ROW_SCALE, SQUARE, Named, dequantize_blocks
+from .._primitives.sharded_operation import Kernel
+from .configurations import check_config, config_index, product_of_call
+from .named import ROW_SCALE, Named, name_dims
 
 # --------------------------------------------------------------------------------------------------
 # Leaves: (1 or G, M, K) . (G, N, K) -> (G, M, N)
@@ -222,8 +222,8 @@ def gemm(
 
     **Raises:** TypeError or ValueError for operands that do not fit.
     """
-    lhs = checks.quantized("gemm", "lhs", lhs, "(..., M, K)", (ROW,))
-    rhs = checks.quantized("gemm", "rhs", rhs, "(..., N, K)", (ROW, SQUARE))
+    lhs = quantized("gemm", "lhs", lhs, "(..., M, K)", (ROW,))
+    rhs = quantized("gemm", "rhs", rhs, "(..., N, K)", (ROW, SQUARE))
     checks.same("gemm", "K", "lhs", lhs.shape[-1], "rhs", rhs.shape[-1])
     if rhs.ndim > 3:
         raise ValueError(f"gemm: rhs has shape {rhs.shape}; allowed: (N, K) or (G, N, K)")
@@ -281,8 +281,8 @@ def wgrad_gemm(
 
     **Raises:** TypeError or ValueError for operands that do not fit.
     """
-    lhs = checks.quantized("wgrad_gemm", "lhs", lhs, "(N, T)", (ROW,))
-    rhs = checks.quantized("wgrad_gemm", "rhs", rhs, "(K, T)", (ROW,))
+    lhs = quantized("wgrad_gemm", "lhs", lhs, "(N, T)", (ROW,))
+    rhs = quantized("wgrad_gemm", "rhs", rhs, "(K, T)", (ROW,))
     checks.same("wgrad_gemm", "T", "lhs", lhs.shape[-1], "rhs", rhs.shape[-1])
     shape = (lhs.shape[0], rhs.shape[0])
     accum, out_dtype = check_accum("wgrad_gemm", accum, shape, out_dtype, jnp.float32)
@@ -290,11 +290,3 @@ def wgrad_gemm(
     check_config("wgrad_gemm", config, "gemm_1d1d")
     left, right = name_dims(lhs, ("n", "t")), name_dims(rhs, ("k", "t"))
     return product(left, right, ("n", "k"), out_dtype, num_sms=num_sms, config=config, accum=accum)
-
-
-def name_dims(q: QuantizedArray, dims) -> Named:
-    """A user's quantized array with names for its dimensions."""
-    last = (dims[-1] + "/",)
-    square = q.block[0] == BLOCK
-    scale_dims = dims[:-2] + (dims[-2] + "/",) + last if square else dims[:-1] + last
-    return Named(q, dims, scale_dims)

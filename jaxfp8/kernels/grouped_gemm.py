@@ -9,14 +9,23 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._arrays import checks
-from .._arrays.blocks import BLOCK, ceil_blocks, group_at, group_bounds, padded_starts
-from .._arrays.quantized_array import QuantizedArray
+from .._arrays.blocks import (
+    BLOCK,
+    ROW,
+    SQUARE,
+    ceil_blocks,
+    dequantize_blocks,
+    group_at,
+    group_bounds,
+    padded_starts,
+)
+from .._arrays.quantized_array import QuantizedArray, quantized
+from .._primitives.call import Call
 from .._primitives.leaf import once
 from .._primitives.mesh import match_varying
-from .._primitives.operation import Call
-from .._primitives.partition import Kernel
-from .._tools.tune import check_config
+from .._primitives.sharded_operation import Kernel
 from ._mapped import mapped
+from .configurations import check_config
 from .gemm import (
     add_accum,
     check_accum,
@@ -25,7 +34,7 @@ from .gemm import (
     product_leaf,
     resolve_num_sms,
 )
-from .quantize import ROW, SQUARE, Named, dequantize_blocks
+from .named import Named
 
 # --------------------------------------------------------------------------------------------------
 # References: loops over tiles with work, in memory that does not grow with groups times tokens
@@ -165,8 +174,8 @@ def grouped_product(
 
 
 def _operands(function, lhs, lhs_shape, rhs):
-    lhs = checks.quantized(function, "lhs", lhs, lhs_shape, (ROW,))
-    rhs = checks.quantized(function, "rhs", rhs, "(G, N, K)", (SQUARE,))
+    lhs = quantized(function, "lhs", lhs, lhs_shape, (ROW,))
+    rhs = quantized(function, "rhs", rhs, "(G, N, K)", (SQUARE,))
     checks.same(function, "K", "lhs", lhs.shape[-1], "rhs", rhs.shape[-1])
     return lhs, rhs
 
@@ -294,8 +303,8 @@ def grouped_wgrad_gemm(
     **Raises:** TypeError or ValueError for operands that do not fit.
     """
     function = "grouped_wgrad_gemm"
-    lhs = checks.quantized(function, "lhs", lhs, "(N, T)", (ROW,))
-    rhs = checks.quantized(function, "rhs", rhs, "(K, T)", (ROW,))
+    lhs = quantized(function, "lhs", lhs, "(N, T)", (ROW,))
+    rhs = quantized(function, "rhs", rhs, "(K, T)", (ROW,))
     checks.same(function, "T", "lhs", lhs.shape[-1], "rhs", rhs.shape[-1])
     sizes = checks.group_sizes(function, "group_sizes", group_sizes)
     groups, padded = sizes.shape[0], lhs.shape[1]

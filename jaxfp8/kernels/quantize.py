@@ -7,109 +7,24 @@ below and NumPy agree.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from .. import _ffi
 from .._arrays import checks
-from .._arrays.blocks import (
-    BLOCK,
-    ceil_blocks,
-    group_at,
-    group_bounds,
-    padded_starts,
-    padded_tokens,
-)
+from .._arrays.blocks import BLOCK, ROW, SQUARE, ceil_blocks, quantize_blocks
 from .._arrays.quantized_array import QuantizedArray
-from .._arrays.recipe import Recipe, current_recipe, fp8_dtype, scale_format_name
+from .._arrays.recipe import Format, Recipe, current_recipe, fp8_dtype, scale_format_name
+from .._primitives.call import Call, arrange
 from .._primitives.leaf import Leaf, once
-from .._primitives.mesh import full_spec, is_explicit, to_spec
-from .._primitives.operation import Call
-from .._primitives.partition import Kernel, arrange
+from .._primitives.mesh import is_explicit
+from .._primitives.sharded_operation import Kernel
 from ._mapped import mapped
-
-ROW = (1, BLOCK)
-SQUARE = (BLOCK, BLOCK)
-
-
-class Format(NamedTuple):
-    """What a quantizer writes."""
-
-    dtype: np.dtype
-    pow2: bool
-
-
-def forward_format(recipe: Recipe) -> Format:
-    """Format of activations and weights."""
-    return Format(recipe.dtype, recipe.scale_format == "pow2")
-
-
-def gradient_format(recipe: Recipe) -> Format:
-    """Format of gradients."""
-    return Format(recipe.grad_dtype, recipe.backward_scale_format == "pow2")
-
-
-# --------------------------------------------------------------------------------------------------
-# Reference numerics
-# --------------------------------------------------------------------------------------------------
-
-SMALLEST_NORMAL = np.float32(2.0**-126)
-NAN_CODE = np.uint8(0x7F)  # in both FP8 types
-
-
-def quantize_blocks(x, block, dtype, pow2):
-    """FP8 data and float32 scales of blocks over the last two axes; blocks at the edges may be short.
-
-    One reduction over the magnitudes as integers orders finite values, then infinity, then NaN; a floating-point
-    maximum may lose NaN (XLA:CPU's does).
-    """
-    top = float(jnp.finfo(dtype).max)
-    *lead, m, k = x.shape
-    rows, columns = block
-    blocks_m, blocks_k = -(-m // rows), -(-k // columns)
-    if x.dtype != jnp.float32:
-        # Else XLA may drop a rounding to bfloat16 just before, and jit would differ from eager.
-        x = lax.optimization_barrier(x).astype(jnp.float32)
-    pad = [(0, 0)] * len(lead) + [(0, blocks_m * rows - m), (0, blocks_k * columns - k)]
-    x = jnp.pad(x, pad).reshape(*lead, blocks_m, rows, blocks_k, columns)
-    magnitude = lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
-    subnormal = magnitude < 0x00800000
-    x = jnp.where(subnormal, 0.0, x)
-    top_bits = jnp.max(jnp.where(subnormal, 0, magnitude), axis=(-3, -1), initial=0)
-    amax = lax.bitcast_convert_type(top_bits, jnp.float32)
-
-    scale = jnp.maximum(amax * (np.float32(1) / np.float32(top)), SMALLEST_NORMAL)
-    if pow2:
-        bits = lax.bitcast_convert_type(scale, jnp.uint32)
-        bits = (bits + np.uint32(0x007FFFFF)) & np.uint32(0xFF800000)
-        scale = lax.bitcast_convert_type(bits, jnp.float32)
-    nonfinite = top_bits >= 0x7F800000
-    scale = jnp.where(top_bits == 0, np.float32(1), scale)
-    scale = jnp.where(nonfinite, np.float32(np.nan), scale)
-
-    def spread(v):
-        return v[..., :, None, :, None]
-
-    # Clip first: a JAX cast to float8_e4m3fn overflows to NaN.
-    data = jnp.clip(x * spread(1 / scale), -top, top).astype(dtype)
-    data = lax.bitcast_convert_type(data, jnp.uint8)
-    data = jnp.where(spread(nonfinite), NAN_CODE, data)
-    data = lax.bitcast_convert_type(data, dtype)
-    return data.reshape(*lead, blocks_m * rows, blocks_k * columns)[..., :m, :k], scale
-
-
-def dequantize_blocks(data, scale, block):
-    """float32 `data * scale`, exact to one rounding."""
-    *_, m, k = data.shape
-    rows, columns = block
-    scale = jnp.repeat(scale, columns, -1)[..., :k]
-    if rows != 1:
-        scale = jnp.repeat(scale, rows, -2)[..., :m, :]
-    return data.astype(jnp.float32) * scale
+from .named import ROW_SCALE, Named, named, scale_dims_of
+from .tokens import cuts_blocks, order_tokens, ragged_dims, reference_ragged_columns
 
 
 def _reference_rows(x, *, dtype, pow2):
@@ -135,42 +50,9 @@ def _reference_weight(w, *, dtype, pow2):
     return [data, scale, jnp.swapaxes(data, -1, -2)]
 
 
-def token_axis(sizes, tokens):
-    """The row behind each token of the group-padded axis, `tokens` where there is none: int32 (T,)."""
-    groups = sizes.shape[0]
-    starts, ends = group_bounds(sizes, tokens)
-    first = padded_starts(starts, ends)
-    t = jnp.arange(padded_tokens(tokens, groups), dtype=jnp.int32)
-    group = group_at(first, t)
-    row = starts[group] + t - first[group]
-    return jnp.where(row < ends[group], row, tokens)
-
-
-def quantize_token_axis(spread, inside, dtype, pow2):
-    """Columns (K, T) of rows (T, K) that lie along the group-padded axis, of which some are none."""
-    data, scale = quantize_blocks(spread.T, ROW, dtype, pow2)
-    return [jnp.where(inside, data, jnp.zeros((), dtype)), scale]  # a gap is zero also beside a NaN
-
-
-def _reference_ragged_columns(x, sizes, *, dtype, pow2):
-    """(M, K) -> (K, T): the transpose of x, each group starting at a multiple of 128, zeros between."""
-    tokens, _ = x.shape
-    row = token_axis(sizes, tokens)
-    x = jnp.pad(x, [(0, 1), (0, 0)])  # the row that stands for none
-    return quantize_token_axis(x[row], row < tokens, dtype, pow2)
-
-
 def _reference_ragged_both(x, sizes, *, dtype, pow2):
     rows = _reference_rows(x, dtype=dtype, pow2=pow2)
-    return rows + _reference_ragged_columns(x, sizes, dtype=dtype, pow2=pow2)
-
-
-# --------------------------------------------------------------------------------------------------
-# Custom calls: docs/architecture.md has the contract
-# --------------------------------------------------------------------------------------------------
-
-ROW_SCALE = {2: (1, 0), 3: (2, 0, 1)}
-"""M-major layouts of row scales by rank, major to minor."""
+    return rows + reference_ragged_columns(x, sizes, dtype=dtype, pow2=pow2)
 
 
 def _quantizer(name, reference, row_scales):
@@ -198,9 +80,7 @@ quantize_columns_leaf = _quantizer("quantize_columns", _reference_columns, (1,))
 quantize_both_leaf = _quantizer("quantize_both", _reference_both, (1, 3))
 quantize_blocks_leaf = _quantizer("quantize_blocks", _reference_blocks, ())
 quantize_weight_leaf = _quantizer("quantize_weight", _reference_weight, ())
-quantize_ragged_columns_leaf = _quantizer(
-    "quantize_ragged_columns", _reference_ragged_columns, (1,)
-)
+quantize_ragged_columns_leaf = _quantizer("quantize_ragged_columns", reference_ragged_columns, (1,))
 quantize_ragged_both_leaf = _quantizer("quantize_ragged_both", _reference_ragged_both, (1, 3))
 
 
@@ -286,25 +166,6 @@ ragged_both_kernel = Kernel(
 )
 
 
-class Named(NamedTuple):
-    """A quantized array with the names of its dimensions; `"k/"` counts the 128-blocks of `"k"`."""
-
-    array: QuantizedArray
-    dims: tuple[str, ...]
-    scale_dims: tuple[str, ...]
-
-
-def _blocked(dims, rows=1):
-    """Dimensions of the scales of row blocks, or of square blocks."""
-    last = (dims[-1] + "/",)
-    return dims[:-1] + last if rows == 1 else dims[:-2] + (dims[-2] + "/",) + last
-
-
-def named(data, scale, dims, block=ROW) -> Named:
-    """Data and scales of a kernel, with the names of their dimensions."""
-    return Named(QuantizedArray(data, scale, block), dims, _blocked(dims, block[0]))
-
-
 def _bind(kernel, fmt: Format, ins, outs, *arrays):
     call = Call(ins, outs, (("dtype", fmt.dtype), ("pow2", fmt.pow2)))
     return kernel(*arrays, call=call)
@@ -312,7 +173,7 @@ def _bind(kernel, fmt: Format, ins, outs, *arrays):
 
 def rows(x, dims, fmt: Format) -> Named:
     """1x128 along the last dimension."""
-    data, scale = _bind(rows_kernel, fmt, (dims,), (dims, _blocked(dims)), x)
+    data, scale = _bind(rows_kernel, fmt, (dims,), (dims, scale_dims_of(dims)), x)
     return named(data, scale, dims)
 
 
@@ -322,21 +183,21 @@ def columns(x, dims, tokens, fmt: Format) -> Named:
     Token dimensions stay apart (and may be sharded apart) while blocks do not straddle them; else they are merged,
     which gives the same blocks.
     """
-    x, dims, tokens = _order_tokens(x, dims, tokens, merge=True)
+    x, dims, tokens = order_tokens(x, dims, tokens, merge=True)
     out = tuple(d for d in dims[:-1] if d not in tokens) + (dims[-1],) + tokens
-    data, scale = _bind(columns_kernel, fmt, (dims,), (out, _blocked(out)), x)
+    data, scale = _bind(columns_kernel, fmt, (dims,), (out, scale_dims_of(out)), x)
     return named(data, scale, out)
 
 
 def rows_and_columns(x, dims, tokens, fmt: Format) -> tuple[Named, Named]:
     """`rows` and `columns` of one array; from one read, unless its dimensions come in another order."""
-    merged, order, merged_tokens = _order_tokens(x, dims, tokens, merge=True)
-    _, in_place, _ = _order_tokens(x, dims, tokens, merge=False)
-    loses_sharding = is_explicit(jax.typeof(x)) and (order != in_place or _cuts_blocks(merged))
+    merged, order, merged_tokens = order_tokens(x, dims, tokens, merge=True)
+    _, in_place, _ = order_tokens(x, dims, tokens, merge=False)
+    loses_sharding = is_explicit(jax.typeof(x)) and (order != in_place or cuts_blocks(merged))
     if in_place != dims or loses_sharding:
         return rows(x, dims, fmt), columns(x, dims, tokens, fmt)
     out = tuple(d for d in order[:-1] if d not in merged_tokens) + (order[-1],) + merged_tokens
-    outs = (order, _blocked(order), out, _blocked(out))
+    outs = (order, scale_dims_of(order), out, scale_dims_of(out))
     row, row_scale, column, column_scale = _bind(both_kernel, fmt, (order,), outs, merged)
     row, row_scale = (
         row.reshape(x.shape),
@@ -345,59 +206,27 @@ def rows_and_columns(x, dims, tokens, fmt: Format) -> tuple[Named, Named]:
     return named(row, row_scale, dims), named(column, column_scale, out)
 
 
-def _cuts_blocks(x, tail=1) -> bool:
-    """Whether the type of (..., tokens, *tail) has shards of tokens that are not whole blocks: columns gather them."""
-    type_ = jax.typeof(x)
-    axes = full_spec(type_.sharding.spec, x.ndim)[-1 - tail]
-    shards = math.prod(type_.sharding.mesh.shape[a] for a in axes)
-    return shards > 1 and x.shape[-1 - tail] % (shards * BLOCK) != 0
-
-
-def _order_tokens(x, dims, tokens, merge, tail=1):
-    """x as (batch, tokens, *tail), with token dimensions merged from the last on while blocks straddle them."""
-    batch, last = tuple(d for d in dims[:-tail] if d not in tokens), dims[-tail:]
-    x, dims = arrange(x, dims, [(d,) for d in batch + tokens + last]), batch + tokens + last
-    while merge and len(tokens) > 1 and x.shape[-1 - tail] % BLOCK:
-        type_ = jax.typeof(x)
-        spec = full_spec(type_.sharding.spec, x.ndim)
-        if spec[-1 - tail]:  # a merged axis can only be sharded as its major part is
-            whole = jax.sharding.NamedSharding(
-                type_.sharding.mesh, to_spec(spec[: -1 - tail] + ((),) + spec[-tail:])
-            )
-            x = jax.sharding.reshard(x, whole)
-        *lead, major, minor = x.shape[:-tail]
-        x = x.reshape(*lead, major * minor, *x.shape[-tail:])
-        tokens = tokens[:-2] + (tokens[-2] + tokens[-1],)
-        dims = batch + tokens + last
-    return x, dims, tokens
-
-
 def weight(w, dims, fmt: Format) -> tuple[Named, Named]:
     """Both orientations of a weight (..., k, n) from one read, with the same scales: (..., n, k) and (..., k, n)."""
     nt = dims[:-2] + (dims[-1], dims[-2])
-    outs = (dims, _blocked(dims, BLOCK), nt, _blocked(nt, BLOCK))
+    outs = (dims, scale_dims_of(dims, BLOCK), nt, scale_dims_of(nt, BLOCK))
     nn_data, nn_scale, nt_data, nt_scale = _bind(weight_kernel, fmt, (dims,), outs, w)
     return named(nt_data, nt_scale, nt, SQUARE), named(nn_data, nn_scale, dims, SQUARE)
 
 
-def _ragged_dims(dims, sizes_dims):
-    new = tuple(dict.fromkeys(sizes_dims[:-1] + dims[:-2]))
-    return new + (dims[-1], "t")
-
-
 def ragged_columns(x, dims, sizes, sizes_dims, fmt: Format) -> Named:
     """(m, k) -> (k, t): 1x128 along the group-padded token axis."""
-    out = _ragged_dims(dims, sizes_dims)
-    ins, outs = (dims, sizes_dims), (out, _blocked(out))
+    out = ragged_dims(dims, sizes_dims)
+    ins, outs = (dims, sizes_dims), (out, scale_dims_of(out))
     data, scale = _bind(ragged_columns_kernel, fmt, ins, outs, x, sizes)
     return named(data, scale, out)
 
 
 def ragged_rows_and_columns(x, dims, sizes, sizes_dims, fmt: Format) -> tuple[Named, Named]:
     """`rows` and `ragged_columns` of one array, from one read."""
-    out = _ragged_dims(dims, sizes_dims)
+    out = ragged_dims(dims, sizes_dims)
     row_dims = out[:-2] + dims[-2:]
-    outs = (row_dims, _blocked(row_dims), out, _blocked(out))
+    outs = (row_dims, scale_dims_of(row_dims), out, scale_dims_of(out))
     row, row_scale, data, scale = _bind(ragged_both_kernel, fmt, (dims, sizes_dims), outs, x, sizes)
     return named(row, row_scale, row_dims), named(data, scale, out)
 
@@ -453,7 +282,7 @@ def quantize(
         return rows(x, _lead(x, "k"), fmt).array
     x = checks.array("quantize", "x", x, "(..., M, K)")
     dims = _lead(x, "m", "k")
-    data, scale = _bind(blocks_kernel, fmt, (dims,), (dims, _blocked(dims, BLOCK)), x)
+    data, scale = _bind(blocks_kernel, fmt, (dims,), (dims, scale_dims_of(dims, BLOCK)), x)
     return QuantizedArray(data, scale, SQUARE)
 
 
@@ -517,23 +346,3 @@ def quantize_weight(
     w = checks.array("quantize_weight", "w", w, "(..., K, N)")
     nt, nn = weight(w, _lead(w, "k", "n"), fmt)
     return nt.array, nn.array
-
-
-def dequantize(q: QuantizedArray, dtype: Any = jnp.float32) -> jax.Array:
-    """`data * scale`: computed in float32, then rounded to `dtype`.
-
-    **Arguments:**
-
-    - `q`: a QuantizedArray, data `(..., M, K)`; `(..., K)` in 1x128 blocks.
-    - `dtype`: float32, bfloat16 or float16. With power-of-two scales bfloat16 is exact.
-
-    **Returns:** an array of q's shape.
-
-    **Raises:** TypeError or ValueError if `q` is not a consistent QuantizedArray or `dtype` another type.
-    """
-    dtype = checks.output_dtype("dequantize", "dtype", dtype, checks.INPUT_DTYPES)
-    shape = "(..., K)" if getattr(q, "block", None) == ROW else "(..., M, K)"
-    q = checks.quantized("dequantize", "q", q, shape, (ROW, SQUARE))
-    if q.ndim == 1:
-        return dequantize_blocks(q.data[None], q.scale[None], q.block)[0].astype(dtype)
-    return dequantize_blocks(q.data, q.scale, q.block).astype(dtype)

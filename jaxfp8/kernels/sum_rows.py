@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._arrays import checks
+from .._primitives.call import Call
 from .._primitives.leaf import Leaf
-from .._primitives.operation import Call
-from .._primitives.partition import Kernel
+from .._primitives.sharded_operation import Kernel
 from ._mapped import mapped
 from .gather import take_rows
 

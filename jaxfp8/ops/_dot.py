@@ -10,21 +10,20 @@ DESIGN: straight-through gradients of DeepSeek-V3's recipe (arXiv 2412.19437, se
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
-from .._arrays import checks
-from .._arrays.recipe import Recipe
+from .._arrays.blocks import ROW, SQUARE
+from .._arrays.recipe import Recipe, forward_format, gradient_format
+from .._primitives.call import Call
 from .._primitives.leaf import once
-from .._primitives.mesh import explicit_axes, full_spec, like_primal, place
+from .._primitives.mesh import explicit_axes, like_primal, place
 from .._primitives.once import differentiable_once
-from .._primitives.operation import Call, Operation
+from .._primitives.operation import Operation
 from ..kernels import quantize as qt
 from ..kernels.gemm import product
+from ..kernels.named import named
 from ._residuals import load, save
 
 
@@ -47,7 +46,7 @@ def quantized_weight(w, w_dims, quantized, fmt):
         return qt.weight(w, w_dims, fmt)
     nt, nt_scale, nn, nn_scale = quantized
     nt_dims = w_dims[:-2] + (w_dims[-1], w_dims[-2])
-    return qt.named(nt, nt_scale, nt_dims, qt.SQUARE), qt.named(nn, nn_scale, w_dims, qt.SQUARE)
+    return named(nt, nt_scale, nt_dims, SQUARE), named(nn, nn_scale, w_dims, SQUARE)
 
 
 def weight_dims(w_dims, quantized):
@@ -59,7 +58,7 @@ def weight_dims(w_dims, quantized):
 
 def _dot_body(x, w, *quantized, call: Call):
     x_dims, w_dims = call.ins[:2]
-    fmt = qt.forward_format(call.get("recipe"))
+    fmt = forward_format(call.get("recipe"))
     # Only one orientation is used here; XLA removes what is not, and a kernel writes both from one read.
     weight, _ = quantized_weight(w, w_dims, quantized, fmt)
     return _forward(qt.rows(x, x_dims, fmt), weight, call)
@@ -78,7 +77,7 @@ def _dot(call: Call, types, x, w, *quantized):
 
 def _dot_fwd(call: Call, types, x, w, *quantized):
     x_dims, w_dims = call.ins[:2]
-    fmt = qt.forward_format(call.get("recipe"))
+    fmt = forward_format(call.get("recipe"))
     nt, nn = quantized_weight(w, w_dims, quantized, fmt)
     rows, columns = qt.rows_and_columns(x, x_dims, _tokens(call), fmt)
     residuals = save(nn, named=not quantized), save(columns)
@@ -88,11 +87,11 @@ def _dot_fwd(call: Call, types, x, w, *quantized):
 def _dot_bwd(call: Call, types, residuals, cotangents):
     (x_dims, w_dims), (out,) = call.ins[:2], call.outs
     recipe: Recipe = call.get("recipe")
-    forward, gradient = qt.forward_format(recipe), qt.gradient_format(recipe)
+    forward, gradient = forward_format(recipe), gradient_format(recipe)
     (x_type, w_type, *quantized), (dy,) = types, cotangents
     k, n = w_dims[-2:]
     nn_dtype = quantized[2].dtype if quantized else forward.dtype
-    nn = load(residuals[0], nn_dtype, w_dims, w_dims[:-2] + (k + "/", n + "/"), qt.SQUARE)
+    nn = load(residuals[0], nn_dtype, w_dims, w_dims[:-2] + (k + "/", n + "/"), SQUARE)
     dy_rows, dy_columns = qt.rows_and_columns(dy, out, _tokens(call), gradient)
 
     # A weight-only batch dimension is summed here; every other sum is a contraction of the kernel.
@@ -103,7 +102,7 @@ def _dot_bwd(call: Call, types, residuals, cotangents):
 
     tokens = dy_columns.dims[dy_columns.dims.index(n) + 1 :]
     dims = tuple(d for d in x_dims[:-1] if d in w_dims) + (k,) + tokens
-    columns = load(residuals[1], forward.dtype, dims, dims[:-1] + (dims[-1] + "/",), qt.ROW)
+    columns = load(residuals[1], forward.dtype, dims, dims[:-1] + (dims[-1] + "/",), ROW)
     wanted = explicit_axes(w_type, w_dims)
     dw = product(columns, dy_columns, w_dims, w_type.dtype, num_sms=recipe.num_sms, wanted=wanted)
     return like_primal(dx, x_type), like_primal(dw, w_type), *(None for _ in quantized)
@@ -139,43 +138,3 @@ def dot(x, w, x_dims, w_dims, out, *, recipe: Recipe, out_dtype, out_spec=None, 
     ins = (x_dims, w_dims, *weight_dims(w_dims, quantized))
     (y,) = dot_operation(x, w, *quantized, call=Call(ins, (out,), attributes, wanted))
     return place(y, out_spec)
-
-
-def result_dtype(function: str, preferred_element_type: Any, default) -> np.dtype:
-    """The dtype of a result: what is preferred, else `default`."""
-    if preferred_element_type is None:
-        return np.dtype(default)
-    return checks.output_dtype(
-        function, "preferred_element_type", preferred_element_type, checks.INPUT_DTYPES
-    )
-
-
-def check_precision(function: str, precision: Any) -> None:
-    """FP8 products have one precision: what asks for more is refused, not ignored."""
-    both = precision if isinstance(precision, (tuple, list)) else (precision,)
-    for p in both:
-        try:
-            known = p is None or lax.Precision(p) == lax.Precision.DEFAULT
-        except ValueError:
-            known = False
-        if not known:
-            raise ValueError(
-                f"{function}: precision is {precision!r}; allowed: None or DEFAULT, since an FP8 product has "
-                "no higher one (use jax.lax for this product)"
-            )
-
-
-def out_spec(function: str, out_sharding: Any, rank: int):
-    """The mesh axes of each dimension that `out_sharding`, a PartitionSpec or NamedSharding, asks for."""
-    if out_sharding is None:
-        return None
-    spec = getattr(out_sharding, "spec", out_sharding)
-    if not isinstance(spec, jax.sharding.PartitionSpec):
-        raise TypeError(
-            f"{function}: out_sharding is {out_sharding!r}; allowed: a PartitionSpec, a NamedSharding or None"
-        )
-    if len(spec) > rank:
-        raise ValueError(
-            f"{function}: out_sharding {spec} names {len(spec)} dimensions; the result has {rank}"
-        )
-    return full_spec(spec, rank)

@@ -8,7 +8,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from .._arrays.quantized_array import QuantizedArray
-from ..kernels.quantize import Named
+from ..kernels.named import Named
 
 RESIDUAL_NAME = "jaxfp8_residual"
 PRE_ACTIVATION_NAME = "jaxfp8_pre_activation"

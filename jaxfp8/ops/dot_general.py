@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from .._arrays import checks
 from .._arrays.recipe import Recipe, current_recipe
-from ._dot import check_precision, dot, out_spec, result_dtype
+from ._arguments import check_precision, out_spec, result_dtype
+from ._dot import dot
 
 
 def _axes(function, name, axes, rank) -> tuple[int, ...]:

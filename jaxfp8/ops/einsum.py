@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from .._arrays import checks
 from .._arrays.recipe import Recipe, current_recipe
-from ._dot import check_precision, out_spec
+from ._arguments import check_precision, out_spec
 from .dot_general import dot_general
 
 

@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._arrays import checks
-from .._arrays.recipe import Recipe, current_recipe
+from .._arrays.blocks import ROW, dequantize_blocks
+from .._arrays.recipe import Recipe, current_recipe, forward_format, gradient_format
 from .._primitives.mesh import match_varying
 from ..kernels import quantize as qt
 from ._exchange import (
@@ -88,13 +89,13 @@ def _send_rows(x, route: Route, format_of):
     q = qt.rows(x, ("m", "k"), fmt).array
     bits = lax.bitcast_convert_type(q.data, jnp.uint8)
     bits, scale = (take(a, route.source) for a in spread(route.exchange, bits, q.scale))
-    return qt.dequantize_blocks(lax.bitcast_convert_type(bits, fmt.dtype), scale, qt.ROW)
+    return dequantize_blocks(lax.bitcast_convert_type(bits, fmt.dtype), scale, ROW)
 
 
 @jax.custom_vjp
 def _to_experts(x, route: Route):
     """x (T, K) -> rows (R, K)."""
-    return _send_rows(x, route, qt.forward_format).astype(x.dtype)
+    return _send_rows(x, route, forward_format).astype(x.dtype)
 
 
 def _to_experts_fwd(x, route):
@@ -137,7 +138,7 @@ def _from_experts_fwd(y, gate, route):
 
 def _from_experts_bwd(residuals, ct):
     y, gates, route = residuals
-    rows = _send_rows(ct, route, qt.gradient_format).astype(jnp.float32)
+    rows = _send_rows(ct, route, gradient_format).astype(jnp.float32)
     dy = (rows * take(gates.reshape(-1), route.copy)[:, None]).astype(y.dtype)
     of_row = jnp.sum(rows * y.astype(jnp.float32), axis=1)
     (dgate,) = collect(route.exchange, take(of_row, route.position))

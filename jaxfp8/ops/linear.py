@@ -7,9 +7,10 @@ from typing import Any
 import jax
 
 from .._arrays import checks
+from .._arrays.quantized_weight import parts
 from .._arrays.recipe import Recipe, current_recipe
-from ._dot import dot, out_spec, result_dtype
-from .prequantize import parts
+from ._arguments import out_spec, result_dtype
+from ._dot import dot
 
 
 def linear(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -87,18 +86,3 @@ def all_gather_weight(
         gather(w.scale, axis),
         w.fp8_dtype,
     )
-
-
-def parts(function: str, name: str, w: Any) -> tuple[jax.Array, ...]:
-    """What a product takes of a QuantizedWeight: data and scales of both orientations; () of a plain array."""
-    if not isinstance(w, QuantizedWeight):
-        return ()
-    data = w.nt, w.nn
-    for orientation, q in zip(("nt", "nn"), data, strict=True):
-        checks.quantized(function, f"{name}.{orientation}", q, "(..., K, N)", ((BLOCK, BLOCK),))
-    if w.nn.shape != w.shape or w.nt.shape != (*w.shape[:-2], w.shape[-1], w.shape[-2]):
-        raise ValueError(
-            f"{function}: {name} has copies of shapes {w.nt.shape} and {w.nn.shape}, its value {w.shape}; "
-            "they must be (..., N, K), (..., K, N) and (..., K, N)"
-        )
-    return tuple(v for q in data for v in (q.data, q.scale))

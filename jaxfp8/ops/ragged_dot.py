@@ -9,23 +9,19 @@ import jax
 import jax.numpy as jnp
 
 from .._arrays import checks
-from .._arrays.recipe import Recipe, current_recipe
+from .._arrays.blocks import ROW, SQUARE
+from .._arrays.quantized_weight import parts
+from .._arrays.recipe import Recipe, current_recipe, forward_format, gradient_format
+from .._primitives.call import Call
 from .._primitives.leaf import once
 from .._primitives.mesh import like_primal
 from .._primitives.once import differentiable_once
-from .._primitives.operation import Call, Operation
+from .._primitives.operation import Operation
 from ..kernels import quantize as qt
 from ..kernels.grouped_gemm import grouped_kernel, grouped_product, grouped_wgrad_kernel
-from ._dot import (
-    check_precision,
-    out_spec,
-    quantized_weight,
-    result_dtype,
-    sum_to,
-    weight_dims,
-)
+from ._arguments import check_precision, out_spec, result_dtype
+from ._dot import quantized_weight, sum_to, weight_dims
 from ._residuals import load, save
-from .prequantize import parts
 
 
 def _forward(rows, weight, sizes, call: Call):
@@ -45,7 +41,7 @@ def _forward(rows, weight, sizes, call: Call):
 
 def _ragged_body(x, w, sizes, *quantized, call: Call):
     x_dims, w_dims, _ = call.ins[:3]
-    fmt = qt.forward_format(call.get("recipe"))
+    fmt = forward_format(call.get("recipe"))
     weight, _ = quantized_weight(w, w_dims, quantized, fmt)
     return _forward(qt.rows(x, x_dims, fmt), weight, sizes, call)
 
@@ -57,7 +53,7 @@ def _ragged(call: Call, types, x, w, sizes, *quantized):
 
 def _ragged_fwd(call: Call, types, x, w, sizes, *quantized):
     x_dims, w_dims, sizes_dims = call.ins[:3]
-    fmt = qt.forward_format(call.get("recipe"))
+    fmt = forward_format(call.get("recipe"))
     nt, nn = quantized_weight(w, w_dims, quantized, fmt)
     rows, columns = qt.ragged_rows_and_columns(x, x_dims, sizes, sizes_dims, fmt)
     residuals = save(nn, named=not quantized), save(columns), sizes
@@ -67,12 +63,12 @@ def _ragged_fwd(call: Call, types, x, w, sizes, *quantized):
 def _ragged_bwd(call: Call, types, residuals, cotangents):
     (x_dims, w_dims, sizes_dims), (out,) = call.ins[:3], call.outs
     recipe: Recipe = call.get("recipe")
-    forward, gradient = qt.forward_format(recipe), qt.gradient_format(recipe)
+    forward, gradient = forward_format(recipe), gradient_format(recipe)
     (x_type, w_type, _, *quantized), (dy,) = types, cotangents
     saved_nn, saved_columns, sizes = residuals
     k, n = w_dims[-2:]
     nn_dtype = quantized[2].dtype if quantized else forward.dtype
-    nn = load(saved_nn, nn_dtype, w_dims, w_dims[:-2] + (k + "/", n + "/"), qt.SQUARE)
+    nn = load(saved_nn, nn_dtype, w_dims, w_dims[:-2] + (k + "/", n + "/"), SQUARE)
     dy_rows, dy_columns = qt.ragged_rows_and_columns(dy, out, sizes, sizes_dims, gradient)
 
     dx_dims = out[:-1] + (k,)
@@ -88,7 +84,7 @@ def _ragged_bwd(call: Call, types, residuals, cotangents):
     )
 
     dims = tuple(dict.fromkeys(sizes_dims[:-1] + x_dims[:-2])) + (k, "t")
-    columns = load(saved_columns, forward.dtype, dims, dims[:-1] + ("t/",), qt.ROW)
+    columns = load(saved_columns, forward.dtype, dims, dims[:-1] + ("t/",), ROW)
     dw_dims = tuple(d for d in out if d[0] == "v") + ("g", k, n)
     dw = grouped_product(
         grouped_wgrad_kernel,

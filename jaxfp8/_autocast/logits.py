@@ -1,0 +1,131 @@
+"""Which values are logits: ranked or normalized across features further down."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from jax.extend.core import Literal as JaxprLiteral
+
+from .jaxprs import bodies, open_jaxpr, scan_counts
+
+Axes = frozenset
+NONE: Axes = frozenset()
+
+_RANKS = {"reduce_max": "axes", "argmax": "axes", "argmin": "axes"}
+_UNARY = frozenset(
+    """neg exp exp2 log log1p expm1 tanh logistic erf abs sign sqrt rsqrt integer_pow square convert_element_type copy
+    copy_p stop_gradient name reduce_precision sharding_constraint reshard pvary pcast""".split()
+)
+_BINARY = frozenset("add sub mul div max min pow add_any".split())
+
+
+class Logits:
+    """Which axes of which values are ranked or normalized across: by top_k, argmax, sort or a softmax's maximum."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, tuple[Axes, ...]], tuple[dict[Any, Axes], list[Axes]]] = {}
+        self._alive: list[Any] = []  # ids stay unique while their jaxprs live
+
+    def inside(self, jaxpr: Any, outs: Sequence[Axes]) -> tuple[dict[Any, Axes], list[Axes]]:
+        """(axes of each variable, axes of each input), given what happens to the results."""
+        jaxpr, _ = open_jaxpr(jaxpr)
+        key = (id(jaxpr), tuple(outs))
+        if key not in self._kept:
+            self._alive.append(jaxpr)
+            self._kept[key] = self._walk(jaxpr, outs)
+        return self._kept[key]
+
+    def _walk(self, jaxpr, outs):
+        axes: dict[Any, Axes] = {}
+        spread = {  # what may be added or multiplied without hiding which values are ranked
+            v
+            for eqn in jaxpr.eqns
+            if eqn.primitive.name == "broadcast_in_dim"
+            and len(eqn.params["broadcast_dimensions"]) < len(eqn.params["shape"])
+            for v in eqn.outvars
+        }
+
+        def put(atom, found):
+            if found and not isinstance(atom, JaxprLiteral):
+                axes[atom] = axes.get(atom, NONE) | found
+
+        for atom, found in zip(jaxpr.outvars, outs, strict=True):
+            put(atom, found)
+        for eqn in reversed(jaxpr.eqns):
+            self._step(eqn, [axes.get(v, NONE) for v in eqn.outvars], put, spread)
+        return axes, [axes.get(v, NONE) for v in jaxpr.invars]
+
+    def _step(self, eqn, outs, put, spread):
+        name, params = eqn.primitive.name, eqn.params
+        x: Any = eqn.invars[0] if eqn.invars else None
+        if name in _RANKS:
+            ranked = tuple(params[_RANKS[name]])
+            if len(ranked) == 1:
+                put(x, Axes(ranked))
+        elif name == "top_k":
+            put(x, Axes({params.get("axis", -1) % len(x.aval.shape)}))
+        elif name == "sort":
+            put(x, Axes({params["dimension"]}))
+        if not any(outs):
+            for body in bodies(eqn):  # a softmax inside
+                _, ins = self.inside(body.jaxpr, [NONE] * len(open_jaxpr(body.jaxpr)[0].outvars))
+                self._put_ins(eqn, body, ins, put)
+            return
+        out = outs[0]
+        if name in _UNARY:
+            put(x, out)
+        elif name in _BINARY:
+            for v, other in (eqn.invars, eqn.invars[::-1]):
+                alone = isinstance(other, JaxprLiteral) or other in spread or not other.aval.shape
+                if alone and v.aval.shape == eqn.outvars[0].aval.shape:
+                    put(v, out)
+        elif name == "select_n":
+            for v in eqn.invars[1:]:
+                put(v, out)
+        elif name == "transpose":
+            put(x, Axes(params["permutation"][a] for a in out))
+        elif name == "broadcast_in_dim":
+            dims = tuple(params["broadcast_dimensions"])
+            put(x, Axes(dims.index(a) for a in out if a in dims))
+        elif name == "reshape":
+            put(x, Axes(_before_reshape(x.aval.shape, eqn.outvars[0].aval.shape, out)))
+        elif name == "squeeze":
+            kept = [i for i in range(len(x.aval.shape)) if i not in params["dimensions"]]
+            put(x, Axes(kept[a] for a in out))
+        elif name in ("slice", "dynamic_slice"):
+            put(x, out)
+        else:
+            self._enter(eqn, outs, put)
+
+    def _enter(self, eqn, outs, put):
+        name = eqn.primitive.name
+        for body in bodies(eqn):
+            jaxpr, _ = open_jaxpr(body.jaxpr)
+            if name == "scan":
+                _, carry = scan_counts(eqn)
+                inner = [*outs[:carry], *(Axes(a - 1 for a in o if a > 0) for o in outs[carry:])]
+            elif len(outs) == len(jaxpr.outvars):
+                inner = list(outs)
+            else:  # the condition of a while loop
+                inner = [NONE] * len(jaxpr.outvars)
+            _, ins = self.inside(jaxpr, inner)
+            self._put_ins(eqn, body, ins, put)
+
+    @staticmethod
+    def _put_ins(eqn, body, ins, put):
+        first_x = len(eqn.invars)
+        if eqn.primitive.name == "scan":
+            first_x = sum(scan_counts(eqn))
+        for position, found in zip(body.ins, ins, strict=True):
+            stacked = position >= first_x
+            put(eqn.invars[position], Axes(a + 1 for a in found) if stacked else found)
+
+
+def _before_reshape(old, new, axes):
+    """Axes of the old shape that are axes of the new one, whole."""
+    for a in axes:
+        for b in range(len(old)):
+            if old[b] == new[a] and math.prod(old[:b]) == math.prod(new[:a]):
+                yield b

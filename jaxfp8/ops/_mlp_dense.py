@@ -1,0 +1,144 @@
+"""An MLP of dense rows and its gradient."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from .._arrays.blocks import ROW
+from .._arrays.recipe import Recipe, forward_format, gradient_format
+from .._primitives.call import Call
+from .._primitives.leaf import once
+from .._primitives.mesh import explicit_axes, like_primal
+from .._primitives.once import differentiable_once
+from .._primitives.operation import Operation
+from ..kernels import activation as act
+from ..kernels import quantize as qt
+from ..kernels.activation import TWO
+from ..kernels.gated import gated_gemm_kernel
+from ..kernels.gemm import product
+from ..kernels.named import Named
+from ._dot import sum_to
+from ._mlp_weights import load_weights, quantize_weights, weight_operands
+from ._residuals import PRE_ACTIVATION_NAME, load, save
+
+
+def _lead(call: Call):
+    """The leading dimensions of h: those that x or w_up has."""
+    x_dims, up_dims = call.ins[:2]
+    return tuple(d for d in call.outs[0][:-1] if d in x_dims or d in up_dims)
+
+
+def _hidden_dims(call: Call):
+    up_dims = call.ins[1]
+    return _lead(call) + up_dims[up_dims.index("k") + 1 :]
+
+
+def _up_tokens(call: Call):
+    return tuple(d for d in _lead(call) if d not in call.ins[1])
+
+
+def _down_tokens(call: Call):
+    return tuple(d for d in _lead(call) if d not in call.ins[2])
+
+
+def _hidden(x_rows, up_nt, call: Call):
+    num_sms = call.get("recipe").num_sms
+    dims, dtype = _hidden_dims(call), call.get("hidden_dtype")
+    h = product(x_rows, up_nt, dims, dtype, num_sms=num_sms, kernel=gated_gemm_kernel)
+    return once(h)
+
+
+def _result(rows, down_nt, call: Call):
+    num_sms, dtype = call.get("recipe").num_sms, call.get("out_dtype")
+    y = product(rows, down_nt, call.outs[0], dtype, num_sms=num_sms, wanted=call.wanted)
+    return [once(y)]
+
+
+def _mlp_body(x, w_up, w_down, *quantized, call: Call):
+    fmt = forward_format(call.get("recipe"))
+    up_nt, _, down_nt, _ = quantize_weights(w_up, w_down, quantized, call)
+    h = _hidden(qt.rows(x, call.ins[0], fmt), up_nt, call)
+    rows = act.activation_rows(h, _hidden_dims(call), fmt, call.get("activation"))
+    return _result(rows, down_nt, call)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _mlp(call: Call, types, x, w_up, w_down, *quantized):
+    return _mlp_body(x, w_up, w_down, *quantized, call=call)
+
+
+def _mlp_fwd(call: Call, types, x, w_up, w_down, *quantized):
+    fmt = forward_format(call.get("recipe"))
+    up_nt, up_nn, down_nt, down_nn = quantize_weights(w_up, w_down, quantized, call)
+    x_rows, x_columns = qt.rows_and_columns(x, call.ins[0], _up_tokens(call), fmt)
+    h = checkpoint_name(_hidden(x_rows, up_nt, call), PRE_ACTIVATION_NAME)
+    rows, columns = act.activation_rows_and_columns(
+        h, _hidden_dims(call), _down_tokens(call), fmt, call.get("activation")
+    )
+    weights = (save(w, named=not quantized) for w in (up_nn, down_nn))
+    residuals = *weights, save(x_columns), save(columns), h
+    return _result(rows, down_nt, call), residuals
+
+
+def _columns_of(saved, dtype, batch, last, tokens_like: Named):
+    """Saved columns, whose token dimensions are those of the columns that they are multiplied with."""
+    dims = tokens_like.dims
+    at = max(i for i, d in enumerate(dims) if d in ("k", "f", "n"))
+    dims = batch + last + dims[at + 1 :]
+    return load(saved, dtype, dims, dims[:-1] + (dims[-1] + "/",), ROW)
+
+
+def _mlp_bwd(call: Call, types, residuals, cotangents):
+    (x_dims, up_dims, down_dims), (out,) = call.ins[:3], call.outs
+    recipe: Recipe = call.get("recipe")
+    forward, gradient = forward_format(recipe), gradient_format(recipe)
+    (x_type, up_type, down_type, *quantized), (dy,) = types, cotangents
+    saved_up, saved_down, saved_x, saved_columns, h = residuals
+    lead, h_dims = _lead(call), _hidden_dims(call)
+    up_nn, down_nn = load_weights(saved_up, saved_down, quantized, call)
+    multiply = functools.partial(product, num_sms=recipe.num_sms)
+
+    # A weight-only batch dimension is summed here; every other sum is a contraction of the kernel.
+    tokens = _down_tokens(call)
+    dy_rows, dy_columns = qt.rows_and_columns(dy, out, tokens, gradient)
+    da_dims = lead + ("f",)
+    wanted = tuple(w for w in explicit_axes(jax.typeof(h), h_dims) if w[0] != TWO)
+    da = multiply(dy_rows, down_nn, out[:-1] + ("f",), call.get("hidden_dtype"), wanted=wanted)
+    da = sum_to(da, out[:-1] + ("f",), da_dims)
+
+    batch = tuple(d for d in lead if d in down_dims)
+    columns = _columns_of(saved_columns, forward.dtype, batch, ("f",), dy_columns)
+    wanted = explicit_axes(down_type, down_dims)
+    dw_down = multiply(columns, dy_columns, down_dims, down_type.dtype, wanted=wanted)
+
+    dh_rows, dh_columns = act.activation_grad(
+        h, h_dims, da, _up_tokens(call), gradient, call.get("activation")
+    )
+    dx_dims = lead + ("k",)
+    multiply = functools.partial(multiply, kernel=gated_gemm_kernel)
+    dx = multiply(dh_rows, up_nn, dx_dims, x_type.dtype, wanted=explicit_axes(x_type, x_dims))
+    dx = sum_to(dx, dx_dims, x_dims)
+
+    batch = tuple(d for d in x_dims[:-1] if d in up_dims)
+    x_columns = _columns_of(saved_x, forward.dtype, batch, ("k",), dh_columns)
+    wanted = explicit_axes(up_type, up_dims)
+    dw_up = multiply(x_columns, dh_columns, up_dims, up_type.dtype, wanted=wanted)
+    return (
+        like_primal(dx, x_type),
+        like_primal(dw_up, up_type),
+        like_primal(dw_down, down_type),
+        *(None for _ in quantized),
+    )
+
+
+_mlp.defvjp(*differentiable_once("mlp", _mlp_fwd, _mlp_bwd))
+
+mlp_operation = Operation(
+    "jaxfp8_mlp",
+    _mlp_body,
+    together=weight_operands(3),
+    derivative=lambda call, *arrays: _mlp(call, tuple(map(jax.typeof, arrays)), *arrays),
+)

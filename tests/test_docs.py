@@ -87,6 +87,7 @@ def test_no_section_stands_twice(page):
     assert sorted(sections) == sorted(set(sections))
 
 
+CODE = ("jaxfp8", "csrc", "tests", "tools", "benchmarks", "examples")
 ROOTS = (
     "jaxfp8|csrc|tests|benchmarks|examples|docs|tools|cmake|build_backend|licenses|\\.ci|\\.github"
 )
@@ -94,9 +95,22 @@ ROOTS = (
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_every_file_that_is_named_is_there(page):
-    for name in re.findall(rf"(?<![\w/.-])((?:{ROOTS})/[\w./*-]*)", page.read_text()):
+    text = page.read_text()
+    for name in re.findall(rf"(?<![\w/.-])((?:{ROOTS})/[\w./*-]*)", text):
         name = name.rstrip(".")
         assert list(ROOT.glob(name)), name
+    for name in re.findall(r"`([\w*]+\.(?:py|cc|cuh?|h|sh))`", text):  # its folder stands beside it
+        assert any(any((ROOT / folder).rglob(name)) for folder in CODE), name
+
+
+def test_the_code_map_names_every_folder():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
+    folders = {str(pathlib.PurePath(f).parent) for f in tracked.stdout.split()} - {"."}
+    folders = {f for f in folders if not f.startswith("tests/artifacts/")}
+    text = (ROOT / "docs/architecture.md").read_text()
+    assert {f for f in folders if f"`{f}/`" not in text} == set()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

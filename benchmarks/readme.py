@@ -139,18 +139,25 @@ def speed(result):
     return lines
 
 
+def over_bf16(name, results):
+    """Speedup over the BF16 step of the same remat policy ("mlp, remat full": over "bf16, remat full")."""
+    _, comma, policy = name.partition(",")
+    return results[f"bf16{comma}{policy}"]["ms"] / results[name]["ms"]
+
+
 def step(result):
     """benchmarks/step.py: variants of a training step, and remat policies."""
-    model = result["model"]
+    model, results = result["model"], result["results"]
     lines = wrap(
-        f"On one {result['device']} (jax {result['jax']}, {result['date']}; `python benchmarks/step.py OUT.json`): "
-        f"{model['layers']} layers {model['width']} wide with {model['hidden']} hidden, {model['batch']} x "
-        f"{model['sequence']} tokens, attention and head in bfloat16, AdamW with float32 masters. Peak: of XLA's plan."
+        f"On one {result['device']} (jax {result['jax']}, {result['date']}, commit {result['commit']}; `python "
+        f"benchmarks/step.py OUT.json`): {model['layers']} layers {model['width']} wide with {model['hidden']} hidden, "
+        f"{model['batch']} x {model['sequence']} tokens, attention and head in bfloat16, AdamW with float32 masters. "
+        "Peak: of XLA's plan."
     )
     header = ["step", "ms", "over BF16", "peak GiB"]
     rows = [
-        [name, f"{r['ms']:.1f}", f"{r['speedup_over_bf16']:.2f}x", f"{r['peak_gib']:.1f}"]
-        for name, r in result["results"].items()
+        [name, f"{r['ms']:.1f}", f"{over_bf16(name, results):.2f}x", f"{r['peak_gib']:.1f}"]
+        for name, r in results.items()
     ]
     return [*lines, "", *table(header, rows), ""]
 
@@ -242,14 +249,14 @@ def measured():
     lines = []
     for result in newest("speed-NVIDIA-*.json").values():
         lines += speed(result)
-    for title, pattern, section in (
-        ("A training step", "step-NVIDIA-*.json", step),
-        ("Mixture blocks", "moe-NVIDIA-*.json", blocks),
+    for title, section, *patterns in (
+        ("A training step", step, "step-NVIDIA-*.json", "step-remat-NVIDIA-*.json"),
+        ("Mixture blocks", blocks, "moe-NVIDIA-*.json"),
     ):
-        if found := newest(pattern):
-            lines += [f"## {title}", ""]
-            for result in found.values():
-                lines += section(result)
+        found = [result for pattern in patterns for result in newest(pattern).values()]
+        lines += [f"## {title}", ""] if found else []
+        for result in found:
+            lines += section(result)
     for result in newest("heuristic-NVIDIA-*.json").values():
         lines += wrap(
             f"The heuristic's configuration on one {result['device']}: within 5 % of the best of all on "
@@ -303,11 +310,8 @@ def loss_gain(result):
 
 def step_gain(result):
     """Ratios to BF16 of a training step's FP8 variants without remat."""
-    ratios = [
-        r["speedup_over_bf16"]
-        for name, r in (result or {"results": {}})["results"].items()
-        if "," not in name and name != "bf16"
-    ]
+    results = result["results"] if result else {}
+    ratios = [over_bf16(name, results) for name in results if "," not in name and name != "bf16"]
     return f"{min(ratios):.2f} to {max(ratios):.2f}x" if ratios else "not measured"
 
 
@@ -333,7 +337,7 @@ def gains():
             loss_gain(trained.get(d)) or "not measured" for d in speeds
         ],
     }
-    header = ["", *(f"{d.removeprefix('NVIDIA ')}, {r['date']}" for d, r in speeds.items())]
+    header = ["", *(device.removeprefix("NVIDIA ") for device in speeds)]
     some = [[name, *cells] for name, cells in rows.items() if set(cells) != {"not measured"}]
     return "\n".join(table(header, some))
 

@@ -1,154 +1,91 @@
-"""train_lm on meshes of several GPUs: the loss of one device, step time and scaling, FP8 beside BF16.
+"""Several GPUs of one host: what moves and how fast, experts, a training step; FP8 beside BF16 on one mesh, one run.
 
-    python benchmarks/multi_gpu.py OUT.json [--size medium] [--steps 100] [--devices 1,2,4,8]
+    python benchmarks/multi_gpu.py OUT.json [--sections rates,experts,step] [--devices N] [--seconds 440] [--peer FILE]
 
-Each run is `examples/train_lm.py --mesh ...` in a process of its own; FP8 and BF16 train side by side in it, on one
-mesh. Strong scaling keeps the batch, and must keep the loss of one device; weak scaling (data) grows it with the
-devices. On a CPU, JAX_NUM_CPU_DEVICES=8 makes the devices.
+- rates: collectives of JAX, and the exchange of `dispatch` and `combine`, in bytes that a GPU receives a second.
+- experts: a mixture on N GPUs, forward and backward, against one GPU with all of the tokens. `--peer
+  benchmarks/tokamax_peer.py` puts bfloat16 beside it (tokens that travel in bfloat16, tokamax's products).
+- step: the model of step.py with 16384 tokens a GPU: data parallel, FSDP on automatic axes and in `shard_map`, tensor
+  with sequence parallelism; against one GPU with as many tokens each.
 
-A mesh that cannot cut the model is left out, with its reason: FSDP wants 128 columns of the model's width on each
-device (medium: 4 devices, large: 8), tensor parallelism a head (small: 4, medium: 8). Larger sizes have those meshes.
+A program's calls are queued and timed together; programs of a comparison take turns; medians. Of a communication's
+time, "exposed" is what no other kernel of the GPU runs beside. What does not fit `--seconds` is left out, and said.
+train_lm on meshes, with its losses: multi_gpu_train_lm.py.
 """
 
 import argparse
 import datetime
 import json
-import os
 import pathlib
-import subprocess
-import sys
-import tempfile
+import time
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+import jax
 
+import jaxfp8
 
-MIXTURE = ["--moe", "--experts", "8"]
-
-
-def meshes(n):
-    """Parallelism to train_lm's options, on n devices."""
-    found = {
-        "data": ["--mesh", f"data={n}"],
-        "FSDP": ["--mesh", f"data={n}", "--fsdp"],
-        "tensor": ["--mesh", f"model={n}"],
-        "expert": ["--mesh", f"expert={n}", *MIXTURE],
-    }
-    if n >= 4:
-        found["FSDP and tensor"] = ["--mesh", f"data={n // 2},model=2", "--fsdp"]
-    return found
+SECTIONS = ("rates", "experts", "step")
 
 
-def train(options, limit):
-    """The summary of one run, or why there is none."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "examples/train_lm.py"), "--out", folder, *options]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        try:
-            done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, timeout=limit
-            )
-        except subprocess.TimeoutExpired:
-            return {"error": f"over {limit} s"}
-        path = pathlib.Path(folder, "summary.json")
-        if done.returncode or not path.exists():
-            message = (done.stderr or done.stdout).strip()
-            refused = message.startswith("train_lm: ") and "must divide" in message
-            if refused:
-                return {"left_out": message}
-            return {"error": f"exit status {done.returncode}: {message[-400:]}"}  # -9: killed
-        summary = json.loads(path.read_text())
-    return {
-        "device": summary["device"],
-        "jax": summary["jax"],
-        "relative_loss_error": summary["relative_loss_error"],
-        **{
-            side: {
-                "loss": summary[side]["mean_validation_loss"],
-                "tokens_per_second": summary[side]["tokens_per_second"],
-            }
-            for side in ("bf16", "fp8")
-        },
-    }
+class Budget:
+    """Seconds that are left of the run."""
+
+    def __init__(self, seconds):
+        self.end = time.monotonic() + seconds
+
+    def allows(self, seconds, what):
+        """Whether so many more fit; says what does not."""
+        if time.monotonic() + seconds <= self.end:
+            return True
+        print(f"LEFT OUT {what}: it may take {seconds:.0f} s", flush=True)
+        return False
 
 
-def measure(arguments):
-    common = ["--size", arguments.size, "--steps", str(arguments.steps), "--evaluations", "4"]
-    batch = arguments.batch
-    rows, one = [], {}
-    for n in arguments.devices:
-        kinds = {"one": [], "one, mixture": MIXTURE} if n == 1 else meshes(n)
-        for kind, options in kinds.items():
-            for scaling in ("strong", "weak") if kind == "data" else ("strong",):
-                size = batch * n if scaling == "weak" else batch
-                result = train([*common, "--batch", str(size), *options], arguments.limit)
-                row = {
-                    "devices": n,
-                    "parallelism": kind,
-                    "scaling": scaling,
-                    "batch": size,
-                    **result,
-                }
-                if "device" in row:
-                    base = (
-                        one.setdefault("--moe" in options, row)
-                        if n == 1
-                        else one.get("--moe" in options)
-                    )
-                    if base is not None:
-                        compare(row, base, n)
-                rows.append(row)
-                print_row(row)
-    return rows
+def sections(arguments):
+    """Rows of each section as they come."""
+    import multi_gpu_experts
+    import multi_gpu_rates
+    import multi_gpu_step
+
+    modules = dict(zip(SECTIONS, (multi_gpu_rates, multi_gpu_experts, multi_gpu_step), strict=True))
+    budget = Budget(arguments.seconds)
+    return {name: modules[name].measure(arguments, budget) for name in arguments.sections}
 
 
-def compare(row, base, n):
-    """Loss against one device's, and tokens a second against n times its."""
-    for side in ("bf16", "fp8"):
-        row[side]["efficiency"] = row[side]["tokens_per_second"] / (
-            n * base[side]["tokens_per_second"]
-        )
-        if row["scaling"] == "strong":
-            row[side]["loss_against_one"] = row[side]["loss"] / base[side]["loss"] - 1
-    row["speedup_of_fp8"] = row["fp8"]["tokens_per_second"] / row["bf16"]["tokens_per_second"]
+def parse_arguments(arguments=None):
+    def names(text):
+        found = text.split(",")
+        if unknown := [n for n in found if n not in SECTIONS]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r}; allowed: {', '.join(SECTIONS)}")
+        return found
 
-
-def print_row(row):
-    name = f"{row['devices']} x {row['parallelism']}, {row['scaling']}"
-    for outcome, text in (("left_out", "LEFT OUT"), ("error", "FAILED")):
-        if outcome in row:
-            print(f"{name:34} {text} {row[outcome]}", flush=True)
-            return
-    cells = []
-    for side in ("fp8", "bf16"):
-        result = row[side]
-        cell = f"{side} {result['tokens_per_second']:,.0f} tokens/s, loss {result['loss']:.4f}"
-        if "loss_against_one" in result:
-            cell += f" ({100 * result['loss_against_one']:+.3f} %)"
-        if "efficiency" in result:
-            cell += f", efficiency {result['efficiency']:.2f}"
-        cells.append(cell)
-    print(f"{name:34} {'; '.join(cells)}", flush=True)
-
-
-def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=pathlib.Path)
-    parser.add_argument("--size", default="medium")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch", type=int, default=32, help="windows a step, of one device")
-    parser.add_argument("--devices", type=lambda t: [int(n) for n in t.split(",")], default=[1, 2])
-    parser.add_argument("--limit", type=float, default=200, help="seconds a run may take")
-    arguments = parser.parse_args()
-    rows = measure(arguments)
-    device = next((r["device"] for r in rows if "device" in r), None)
-    result = {
-        "device": device,
+    parser.add_argument("--sections", type=names, default=list(SECTIONS))
+    parser.add_argument("--devices", type=int, default=None, help="default: all there are")
+    parser.add_argument("--seconds", type=float, default=440)
+    parser.add_argument("--peer", type=pathlib.Path, help="as speed.py takes it; its ragged_dots")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, for a CPU")
+    parsed = parser.parse_args(arguments)
+    parsed.devices = parsed.devices or jax.device_count()
+    if not 2 <= parsed.devices <= jax.device_count():
+        parser.error(f"--devices is {parsed.devices}; allowed: 2 to {jax.device_count()}")
+    return parsed
+
+
+def main(arguments=None):
+    arguments = parse_arguments(arguments)
+    start = time.monotonic()
+    report = {
+        "device": jax.devices()[0].device_kind,
+        "devices": arguments.devices,
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
-        "rows": rows,
+        "jax": jax.__version__,
+        "jaxfp8": jaxfp8.__version__,
+        "sections": sections(arguments),
     }
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    sys.exit(any("error" in row for row in rows))
+    report["seconds"] = time.monotonic() - start
+    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"{report['seconds']:.0f} s")
 
 
 if __name__ == "__main__":

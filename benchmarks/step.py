@@ -91,20 +91,27 @@ def rotate(x):
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-def attention(model: Model, dot, x, w):
+def attention(model: Model, dot, out_dot, x, w):
     q = dot(x, w["q"]).reshape(*x.shape[:2], model.heads, model.head)
-    kv = dot(x, w["kv"]).reshape(*x.shape[:2], 2, model.kv_heads, model.head)
+    kv = dot(x, w["kv"]).reshape(*x.shape[:2], model.kv_heads, 2, model.head)
     y = jax.nn.dot_product_attention(
-        rotate(q), rotate(kv[:, :, 0]), kv[:, :, 1], is_causal=True, implementation=model.attention
+        rotate(q),
+        rotate(kv[:, :, :, 0]),
+        kv[:, :, :, 1],
+        is_causal=True,
+        implementation=model.attention,
     )
-    return dot(y.reshape(x.shape[:2] + (-1,)), w["o"])
+    return out_dot(y.reshape(x.shape[:2] + (-1,)), w["o"])
 
 
-def loss(model: Model, dot, mlp, policy, params, tokens):
-    """Mean cross entropy of the next token. `policy`: None keeps everything, else as `jax.checkpoint` takes it."""
+def loss(model: Model, dot, mlp, policy, params, tokens, out_dot=None):
+    """Mean cross entropy of the next token. `policy`: None keeps everything, else as `jax.checkpoint` takes it.
+
+    `out_dot` makes attention's last product, `dot` unless given.
+    """
 
     def layer(x, w):
-        x = x + attention(model, dot, rms_norm(x, w["norm_attention"]), w)
+        x = x + attention(model, dot, out_dot or dot, rms_norm(x, w["norm_attention"]), w)
         return x + mlp(rms_norm(x, w["norm_mlp"]), w["up"], w["down"]), None
 
     if policy is not None:

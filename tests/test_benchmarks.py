@@ -1,12 +1,16 @@
 """What the benchmarks measure and report, as far as it needs no GPU."""
 
 import argparse
+import functools
 import json
+import os
 import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
+from jax.sharding import PartitionSpec as P
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -14,6 +18,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import counters  # noqa: E402
 import heuristic_check  # noqa: E402
 import multi_gpu  # noqa: E402
+import multi_gpu_common  # noqa: E402
+import multi_gpu_step  # noqa: E402
+import multi_gpu_train_lm  # noqa: E402
 import readme  # noqa: E402
 import speed  # noqa: E402
 import step  # noqa: E402
@@ -115,7 +122,7 @@ def test_several_gpus_are_compared_with_one_and_what_does_not_fit_is_left_out(mo
 
     monkeypatch.setattr(subprocess, "run", run)
     settings = argparse.Namespace(size="tiny", steps=4, batch=8, devices=[1, 2], limit=9)
-    rows = multi_gpu.measure(settings)
+    rows = multi_gpu_train_lm.measure(settings)
     by = {(r["devices"], r["parallelism"], r["scaling"]): r for r in rows}
     assert "must divide" in by[2, "FSDP", "strong"]["left_out"]
     assert by[2, "tensor", "strong"]["error"] == "exit status 1: out of memory"
@@ -124,12 +131,58 @@ def test_several_gpus_are_compared_with_one_and_what_does_not_fit_is_left_out(mo
     assert strong["fp8"]["loss_against_one"] == pytest.approx(0.01)
     assert "loss_against_one" not in weak["fp8"] and weak["batch"] == 16
     capsys.readouterr()
-    multi_gpu.measure(argparse.Namespace(**vars(settings) | {"devices": [2]}))
+    multi_gpu_train_lm.measure(argparse.Namespace(**vars(settings) | {"devices": [2]}))
     text = capsys.readouterr().out
     assert (
         "efficiency" not in text
         and "LEFT OUT" in text
         and "FAILED exit status 1: out of memory" in text
+    )
+
+
+def test_exposed_is_what_no_other_kernel_runs_beside():
+    ours, others = [(0, 10), (20, 30), (25, 40)], [(5, 22), (50, 60)]
+    assert multi_gpu_common.covered(ours) == 30
+    exposed = multi_gpu_common.covered(ours + others) - multi_gpu_common.covered(others)
+    assert exposed == 5 + 18  # 0 to 5, 22 to 40
+
+
+def test_what_does_not_fit_the_time_is_left_out_and_said(capsys):
+    budget = multi_gpu.Budget(100)
+    assert budget.allows(50, "this") and not budget.allows(200, "that")
+    assert capsys.readouterr().out == "LEFT OUT that: it may take 200 s\n"
+
+
+def test_fsdp_cuts_the_models_width_and_tensor_parallelism_heads_and_hidden_units():
+    model = multi_gpu_step.step.TINY
+    params = jax.eval_shape(functools.partial(multi_gpu_step.step.init, model), jax.random.key(0))
+    for cut, size in ((multi_gpu_step.WIDTH_CUT, model.width), (multi_gpu_step.HIDDEN_CUT, None)):
+        specs = multi_gpu_step.specs_of({"moments": params}, cut)["moments"]
+        flat = {**specs, **specs["layers"]}
+        shapes = {**params, **params["layers"]}
+        for name, axis in cut.items():
+            assert flat[name] == P(
+                *[multi_gpu_step.AXIS if i == axis else None for i in range(shapes[name].ndim)]
+            )
+            assert size in (None, shapes[name].shape[axis])
+        assert all(set(flat[n]) <= {None} for n in ("norm", "norm_mlp", "norm_attention"))
+
+
+@pytest.mark.full
+def test_the_rates_of_two_devices_are_measured_and_written(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks/multi_gpu.py"), str(tmp_path / "out.json")]
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    command += ["--sections", "rates", "--tiny"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "out.json").read_text())["sections"]["rates"]
+    by = {row["what"]: row for row in rows}
+    # 256 tokens of 256 bytes, and 8 of scales; a sum is 512 bytes.
+    assert by["dispatch gather"]["megabytes"] == 256 * 264 / 1e6
+    assert (
+        by["combine gather"]["megabytes"]
+        == by["psum_scatter bfloat16"]["megabytes"]
+        == 256 * 512 / 1e6
     )
 
 

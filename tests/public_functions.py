@@ -21,6 +21,11 @@ class Function(NamedTuple):
     index: str | None = None
 
 
+def _exchange(x, gate, expert):
+    rows, _, route = jaxfp8.dispatch(x, expert, GROUPS)
+    return jaxfp8.combine(rows, gate, route)
+
+
 def _prequantized(x, w, _):
     return jaxfp8.linear(x, jaxfp8.prequantize(w))
 
@@ -37,6 +42,7 @@ DIFFERENTIABLE = {
     "ragged_mlp": Function(
         jaxfp8.ragged_mlp, (("m", K), (GROUPS, K, 2, F), (GROUPS, F, N)), "sizes"
     ),
+    "dispatch and combine": Function(_exchange, (("m", K), ("m", CHOICES)), "expert"),
     "autocast": Function(
         lambda x, w, _: jaxfp8.autocast(
             lambda w, x: jnp.tanh(x @ w), policy=jaxfp8.AutocastPolicy(min_m=1, min_n=1)

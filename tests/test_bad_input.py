@@ -94,7 +94,7 @@ CASES = {
     "wgrad block": (lambda: jaxfp8.wgrad_gemm(LHS, RHS), ValueError, "rhs has blocks of 128x128; allowed: 1x128"),
     "wgrad T": (lambda: jaxfp8.wgrad_gemm(LHS, rows(5, 300)), ValueError, "rhs has T=300 but lhs has T=256"),
     # grouped
-    "grouped sizes float": (lambda: jaxfp8.grouped_gemm(LHS, EXPERTS, zeros(3)), TypeError, "group_sizes has dtype float32; allowed: an integer type"),
+    "grouped sizes float": (lambda: jaxfp8.grouped_gemm(LHS, EXPERTS, zeros(3)), TypeError, "group_sizes has dtype float32; allowed: integers"),
     "grouped sizes list": (lambda: jaxfp8.grouped_gemm(LHS, EXPERTS, [1, 2, 1]), TypeError, "group_sizes is a list"),
     "grouped sizes rank": (lambda: jaxfp8.grouped_gemm(LHS, EXPERTS, SIZES[None]), ValueError, r"group_sizes has shape \(1, 3\); allowed: \(G,\)"),
     "grouped sizes count": (lambda: jaxfp8.grouped_gemm(LHS, EXPERTS, SIZES[:2]), ValueError, "group_sizes has 2 entries but rhs has 3 groups"),

@@ -51,6 +51,21 @@ def test_the_integer_dtype_of_indices_and_sizes_does_not_matter(name, dtype):
         assert_same_bits(g(*arrays), expected)
 
 
+def test_expert_ids_that_fill_their_dtype_are_not_wrapped():
+    expert = np.arange(512)[:, None] % 256
+    x = jnp.ones((512, 128))
+    for dtype in (np.uint8, np.int16, np.int64):
+        sizes = jaxfp8.dispatch(x, expert.astype(dtype), 256)[1]
+        np.testing.assert_array_equal(sizes, np.full(256, 2))
+
+
+def test_a_wide_index_out_of_range_does_not_become_one_in_range():
+    with jax.enable_x64(True):
+        expert = jnp.full((8, 1), 2**32, jnp.int64)
+        sizes = jaxfp8.dispatch(jnp.ones((8, 128), jnp.float32), expert, 4)[1]
+        np.testing.assert_array_equal(sizes, np.zeros(4))
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_x64_changes_no_bit(name):
     f, arrays = call(name)

@@ -559,7 +559,7 @@ def test_rows_of_a_ragged_exchange_are_those_of_the_padded_one(max_rows, monkeyp
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"expert": np.zeros((TOKENS, 2), np.float32)}, TypeError, "expert is float32; allowed: integers"),
+        ({"expert": np.zeros((TOKENS, 2), np.float32)}, TypeError, "expert has dtype float32; allowed: integers"),
         ({"expert": np.zeros((3, 2), np.int32)}, ValueError, r"expert has shape \(3, 2\); allowed: \(128, k\)"),
         ({"num_experts": 0}, ValueError, "num_experts is 0; allowed: a positive multiple"),
         ({"axis_name": "e"}, ValueError, "axis_name is 'e'; allowed: a mesh axis of the shard_map"),

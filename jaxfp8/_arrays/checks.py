@@ -39,29 +39,34 @@ def array(function: str, name: str, x: Any, shape: str, dtypes=INPUT_DTYPES) -> 
     return x
 
 
+def integers(function: str, name: str, x: Any, shape: str) -> jax.Array:
+    """`x`, of any integer dtype, as int32 with the rank of `shape`, such as "(T, k)".
+
+    What int32 cannot hold saturates, so that an index out of range does not wrap into it. In narrower types than int32
+    later arithmetic would wrap.
+    """
+    if not _is_array(x):
+        raise TypeError(f"{function}: {name} is a {type(x).__name__}; allowed: integers {shape}")
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise TypeError(f"{function}: {name} has dtype {x.dtype.name}; allowed: integers {shape}")
+    if x.ndim != shape.count(",") + (not shape.endswith(",)")):
+        raise ValueError(f"{function}: {name} has shape {x.shape}; allowed: {shape}")
+    if x.dtype == jnp.int32:
+        return x
+    narrow, wide = jnp.iinfo(x.dtype), np.iinfo(np.int32)
+    return jnp.clip(x, max(narrow.min, wide.min), min(narrow.max, wide.max)).astype(jnp.int32)
+
+
 def group_sizes(function: str, name: str, sizes: Any, groups: int | None = None) -> jax.Array:
     """int32 (G,)."""
-    if not _is_array(sizes):
-        raise TypeError(
-            f"{function}: {name} is a {type(sizes).__name__}; allowed: an int32 array (G,)"
-        )
-    sizes = jnp.asarray(sizes)
-    if not jnp.issubdtype(sizes.dtype, jnp.integer):
-        raise TypeError(
-            f"{function}: {name} has dtype {sizes.dtype.name}; allowed: an integer type"
-        )
-    if sizes.ndim != 1:
-        raise ValueError(f"{function}: {name} has shape {sizes.shape}; allowed: (G,)")
+    sizes = integers(function, name, sizes, "(G,)")
     if sizes.shape[0] == 0:
         raise ValueError(f"{function}: {name} has no entries; allowed: at least one group")
     if groups is not None and sizes.shape[0] != groups:
         raise ValueError(
             f"{function}: {name} has {sizes.shape[0]} entries but rhs has {groups} groups; they must match"
         )
-    if sizes.dtype != jnp.int32:
-        # Values past int32 would wrap to small ones; every size past the number of rows means the same.
-        top = np.iinfo(np.int32).max
-        sizes = jnp.clip(sizes, 0, min(top, jnp.iinfo(sizes.dtype).max)).astype(jnp.int32)
     return sizes
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -71,7 +72,8 @@ def _marked(results, inputs, message: str):
     Quantized arrays are integers to JAX (uint8 residuals) or come from elsewhere (prequantized weights): without the
     mark a second derivative through them would be zero.
     """
-    inputs = [x for x in jax.tree.leaves(inputs) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    arrays = [x for x in jax.tree.leaves(inputs) if isinstance(x, jax.Array | np.ndarray)]
+    inputs = [x for x in arrays if jnp.issubdtype(x.dtype, jnp.inexact)]
 
     def one(x):
         if not jnp.issubdtype(x.dtype, jnp.inexact):
@@ -82,7 +84,7 @@ def _marked(results, inputs, message: str):
 
 
 def differentiable_once(functions: str, fwd, bwd):
-    """The pair for `defvjp`, of a custom_vjp function whose first two arguments are static.
+    """The pair for `defvjp` of a custom_vjp function, whatever its arguments are.
 
     **Arguments:**
 
@@ -94,10 +96,10 @@ def differentiable_once(functions: str, fwd, bwd):
         "jax.numpy (autocast: a policy that keeps it); where it is not, put jax.lax.stop_gradient around the first"
     )
 
-    def marked_fwd(call, types, *arrays):
-        return _marked(fwd(call, types, *arrays), arrays, message)
+    def marked_fwd(*arguments):
+        return _marked(fwd(*arguments), arguments, message)
 
-    def marked_bwd(call, types, residuals, cotangents):
-        return _marked(bwd(call, types, residuals, cotangents), (residuals, cotangents), message)
+    def marked_bwd(*arguments):
+        return _marked(bwd(*arguments), arguments, message)
 
     return marked_fwd, marked_bwd

@@ -197,7 +197,6 @@ def plan_exchange(
             f"of axis {axis_name!r}"
         )
     experts = num_experts // levels.devices
-    expert = expert.astype(jnp.int32)
     inside = (expert >= 0) & (expert < num_experts)
     addressed = strategy != "gather" and levels.peers > 1 and tokens > 0
     block = tokens if max_sent is None or not addressed else min(max_sent, tokens)

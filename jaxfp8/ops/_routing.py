@@ -54,7 +54,9 @@ def plan(expert, num_experts: int, rows: int | None = None) -> Routing:
         expert = expert.astype(jnp.int32)
     inside = ((expert >= 0) & (expert < num_experts)).reshape(total)
     flat = jnp.where(inside, expert.reshape(total), num_experts).astype(jnp.int32)
-    chunks = max(1, -(-total // WIDTH**2))
+    chunks = -(-total // WIDTH**2)
+    if isinstance(chunks, int):  # a symbolic one is at least 1 by JAX's rules
+        chunks = max(1, chunks)
     padded = jnp.pad(flat, (0, chunks * WIDTH**2 - total), constant_values=num_experts)
     blocks = padded.reshape(chunks, WIDTH, WIDTH)
 

@@ -94,5 +94,7 @@ def _travel(exchange, moved):
 
 
 def _bytes(size: int) -> str:
+    if not isinstance(size, int):
+        return f"{size} bytes"  # of a symbolic number of tokens
     factor, unit = next(((f, u) for f, u in ((1e9, "GB"), (1e6, "MB")) if size >= f), (1e3, "kB"))
     return f"{size / factor:.1f} {unit}"

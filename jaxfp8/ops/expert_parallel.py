@@ -26,6 +26,7 @@ from .._arrays import checks
 from .._arrays.blocks import ROW, dequantize_blocks
 from .._arrays.recipe import Recipe, current_recipe, forward_format, gradient_format
 from .._primitives.mesh import match_varying
+from .._primitives.once import differentiable_once
 from ..kernels import quantize as qt
 from ._exchange import (
     STRATEGIES,
@@ -107,7 +108,7 @@ def _to_experts_bwd(route, ct):
     return *collect(route.exchange, rows), None
 
 
-_to_experts.defvjp(_to_experts_fwd, _to_experts_bwd)
+_to_experts.defvjp(*differentiable_once("dispatch", _to_experts_fwd, _to_experts_bwd))
 
 
 def _add_choices(rows):
@@ -145,7 +146,7 @@ def _from_experts_bwd(residuals, ct):
     return dy, dgate, None
 
 
-_from_experts.defvjp(_from_experts_fwd, _from_experts_bwd)
+_from_experts.defvjp(*differentiable_once("combine", _from_experts_fwd, _from_experts_bwd))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -261,12 +262,9 @@ def combine(y: Any, gate: Any, route: Route) -> jax.Array:
 
 
 def check_expert(function: str, expert: Any, x: jax.Array) -> jax.Array:
-    """`expert` as an array of integers (T, k), k at least 1."""
-    if not (hasattr(expert, "shape") and jnp.issubdtype(expert.dtype, jnp.integer)):
-        got = getattr(expert, "dtype", type(expert).__name__)
-        raise TypeError(f"{function}: expert is {got}; allowed: integers (T, k)")
-    expert = jnp.asarray(expert)
-    if expert.ndim != 2 or expert.shape[0] != x.shape[0] or expert.shape[1] == 0:
+    """`expert` as int32 (T, k), k at least 1."""
+    expert = checks.integers(function, "expert", expert, "(T, k)")
+    if expert.shape[0] != x.shape[0] or expert.shape[1] == 0:
         raise ValueError(
             f"{function}: expert has shape {expert.shape}; allowed: ({x.shape[0]}, k), k at least 1, for x {x.shape}"
         )

@@ -33,6 +33,33 @@ def plan(target, operands, results, **attributes):
     )
 
 
+def _arguments(plan, ptx, memory, addresses: Mapping[str, int]) -> list:
+    """The kernel's arguments, with arrays by their addresses."""
+    args = []
+    parameters = emulator.kernel(ptx, plan.kernel).parameters
+    for arg, parameter in zip(plan.args, parameters, strict=True):
+        if isinstance(arg, dict) and "bytes" in arg:
+            block = bytearray(arg["bytes"])
+            for at, name in arg["addresses"].items():
+                block[at : at + 8] = addresses[name].to_bytes(8, "little")
+            arg = bytes(block)
+        elif isinstance(arg, dict):
+            arg = emulator.TensorMap(
+                (memory, addresses[arg["base"]]),
+                arg["dims"],
+                arg["strides"],
+                arg["box"],
+                swizzle=int(arg["swizzle"].removesuffix("B")),
+                dtype={"u8": "uint8", "bf16": "bfloat16", "f32": "float32"}[arg["type"]],
+            )
+        elif isinstance(arg, str):
+            arg = np.uint64(addresses[arg])
+        else:
+            arg = {4: np.int32, 8: np.int64}[parameter.size](arg)
+        args.append(arg)
+    return args
+
+
 def execute(
     plan,
     operands: Mapping[str, np.ndarray],
@@ -72,28 +99,6 @@ def execute(
         outputs.append((place(name, content, True), np.dtype(dtype), shape))
 
     ptx = text or _ffi.image_directory() / f"{plan.image}.ptx"
-    parameters = emulator.kernel(ptx, plan.kernel).parameters
-    args = []
-    for arg, parameter in zip(plan.args, parameters, strict=True):
-        if isinstance(arg, dict) and "bytes" in arg:
-            block = bytearray(arg["bytes"])
-            for at, name in arg["addresses"].items():
-                block[at : at + 8] = addresses[name].to_bytes(8, "little")
-            arg = bytes(block)
-        elif isinstance(arg, dict):
-            arg = emulator.TensorMap(
-                (memory, addresses[arg["base"]]),
-                arg["dims"],
-                arg["strides"],
-                arg["box"],
-                swizzle=int(arg["swizzle"].removesuffix("B")),
-                dtype={"u8": "uint8", "bf16": "bfloat16", "f32": "float32"}[arg["type"]],
-            )
-        elif isinstance(arg, str):
-            arg = np.uint64(addresses[arg])
-        else:
-            arg = {4: np.int32, 8: np.int64}[parameter.size](arg)
-        args.append(arg)
     report = emulator.launch(
         ptx,
         plan.kernel,
@@ -101,7 +106,7 @@ def execute(
         block=plan.block,
         cluster=plan.cluster,
         dynamic_smem=plan.dynamic_smem,
-        args=args,
+        args=_arguments(plan, ptx, memory, addresses),
         seed=seed,
         memory=memory,
     )

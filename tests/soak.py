@@ -50,6 +50,67 @@ def run_case(driver: EmulatedDriver, seed: int, number: int, targets: list[str])
     return launches[0].kernel, len(launches)
 
 
+class Tally:
+    """What has been run so far; written to `out`, if there is one."""
+
+    def __init__(self, seed: int, out: str | None):
+        self.seed, self.out = seed, out
+        self.start = time.monotonic()
+        self.cases: collections.Counter[str] = collections.Counter()
+        self.kernels: collections.Counter[str] = collections.Counter()
+        self.failures: list[str] = []
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.start
+
+    def result(self):
+        return {
+            "what": "random calls of every target on the emulated platform against float64 and NumPy",
+            "seed": self.seed,
+            "seconds": round(self.seconds),
+            "cases": sum(self.cases.values()),
+            "schedules": sum(self.kernels.values()),
+            "failures": self.failures,
+            "cases_by_target": dict(sorted(self.cases.items())),
+            "launches_by_kernel": dict(sorted(self.kernels.items())),
+            "versions": {
+                "jaxfp8": jaxfp8.__version__,
+                "jax": jax.__version__,
+                "nvcc": _C.build_info()["nvcc"],
+                "python": platform.python_version(),
+            },
+        }
+
+    def save(self):
+        if self.out:
+            with open(self.out, "w") as file:
+                json.dump(self.result(), file, indent=1)
+                file.write("\n")
+
+    def __str__(self):
+        return f"{sum(self.cases.values())} cases, {len(self.failures)} failures"
+
+
+def run_until(tally: Tally, driver, targets, seconds: float):
+    """Case after case, by turns of the targets, until the time is over."""
+    saved = number = 0
+    while tally.seconds < seconds:
+        try:
+            kernel, launches = run_case(driver, tally.seed, number, targets)
+            tally.kernels[kernel] += launches
+        except AssertionError as error:
+            tally.failures.append(f"{tally.seed}:{number} {error}: {error.__cause__}")
+            traceback.print_exc()
+            del driver.launches[:], driver.calls[:], driver.errors[:]
+        tally.cases[targets[number % len(targets)]] += 1
+        number += 1
+        if tally.seconds - saved > 60:
+            saved = tally.seconds
+            tally.save()
+            print(f"{round(tally.seconds)} s, {tally}", flush=True)
+
+
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=3600)
@@ -59,61 +120,16 @@ def main(argv=None) -> int:
     parser.add_argument("--out", help="JSON, written every minute and at the end")
     args = parser.parse_args(argv)
     targets = [t for t in custom_calls.DRAWS if args.targets in t]
-    start = time.monotonic()
-    cases: collections.Counter[str] = collections.Counter()
-    kernels: collections.Counter[str] = collections.Counter()
-    failures: list[str] = []
-    saved = start
-
-    def result():
-        return {
-            "what": "random calls of every target on the emulated platform against float64 and NumPy",
-            "seed": args.seed,
-            "seconds": round(time.monotonic() - start),
-            "cases": sum(cases.values()),
-            "schedules": sum(kernels.values()),
-            "failures": failures,
-            "cases_by_target": dict(sorted(cases.items())),
-            "launches_by_kernel": dict(sorted(kernels.items())),
-            "versions": {
-                "jaxfp8": jaxfp8.__version__,
-                "jax": jax.__version__,
-                "nvcc": _C.build_info()["nvcc"],
-                "python": platform.python_version(),
-            },
-        }
-
-    def save():
-        if args.out:
-            with open(args.out, "w") as file:
-                json.dump(result(), file, indent=1)
-                file.write("\n")
-
+    tally = Tally(args.seed, args.out)
     with EmulatedDriver(_ffi.image_directory()) as driver:
         if args.only:
             seed, number = map(int, args.only.split(":"))
             print(*run_case(driver, seed, number, targets))
             return 0
-        number = 0
-        while time.monotonic() - start < args.seconds:
-            target = targets[number % len(targets)]
-            try:
-                kernel, launches = run_case(driver, args.seed, number, targets)
-                kernels[kernel] += launches
-            except AssertionError as error:
-                failures.append(f"{args.seed}:{number} {error}: {error.__cause__}")
-                traceback.print_exc()
-                del driver.launches[:], driver.calls[:], driver.errors[:]
-            cases[target] += 1
-            number += 1
-            if time.monotonic() - saved > 60:
-                saved = time.monotonic()
-                save()
-                print(f"{result()['seconds']} s, {number} cases, {len(failures)} failures")
-                sys.stdout.flush()
-    save()
-    print(f"{number} cases, {len(failures)} failures")
-    return 1 if failures else 0
+        run_until(tally, driver, targets, args.seconds)
+    tally.save()
+    print(tally)
+    return 1 if tally.failures else 0
 
 
 if __name__ == "__main__":

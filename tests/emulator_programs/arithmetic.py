@@ -374,9 +374,16 @@ def _float_bits(kind: str, function: Callable) -> Callable:
 
 def programs() -> list[Program]:
     out: list[Program] = []
-    add = out.append
-    integers = ("u16", "s16", "u32", "s32", "u64", "s64")
-    for kind in integers:
+    for add_to in (
+        _integers, _bitwise, _bit_fields, _words, _floats, _approximations, _comparisons, _predicates,
+        _selections,
+    ):  # fmt: skip
+        add_to(out.append)
+    return out
+
+
+def _integers(add):
+    for kind in ("u16", "s16", "u32", "s32", "u64", "s64"):
         for base in ("add", "sub", "min", "max", "div", "rem"):
             opcode = f"{base}.{kind}"
             add(lanewise(opcode, kind, [kind, kind], integer_expected(opcode)))
@@ -412,6 +419,9 @@ def programs() -> list[Program]:
             )
     for kind in ("add.sat.s32", "sub.sat.s32"):
         add(lanewise(kind, "s32", ["s32", "s32"], integer_expected(kind)))
+
+
+def _bitwise(add):
     for bits in ("16", "32", "64"):
         kind = f"b{bits}"
         for base in ("and", "or", "xor"):
@@ -432,6 +442,9 @@ def programs() -> list[Program]:
                     body=f"    {opcode} {register}0, {register}1, 5;",
                 )
             )
+
+
+def _bit_fields(add):
     for bits in (32, 64):
         kind = f"b{bits}"
         add(lanewise(f"popc.{kind}", "u32", [kind], lambda a: a.bit_count()))
@@ -444,6 +457,10 @@ def programs() -> list[Program]:
             add(lanewise(f"bfind.{kind}", "u32", [kind], _bfind(kind)))
             add(lanewise(f"bfe.{kind}", kind, [kind, "u32", "u32"], _bfe(kind), transform=_field))
     add(lanewise("bfind.shiftamt.u32", "u32", ["u32"], _shiftamt))
+
+
+def _words(add):
+    """Bytes, halves and bits of 32-bit registers."""
     add(lanewise("prmt.b32", "b32", ["b32"] * 3, _prmt))
     add(lanewise("dp4a.s32.s32", "s32", ["s32"] * 3, _dp4a))
     for table in (0x96, 0xE8, 0x1D):
@@ -478,10 +495,6 @@ def programs() -> list[Program]:
                     ),
                 )
             )
-    _floats(add)
-    _approximations(add)
-    _comparisons(add)
-    return out
 
 
 def _field(*arrays):
@@ -675,6 +688,23 @@ def _comparisons(add):
                 )  # fmt: skip
     compare("num", "f32", lambda a, b: not (math.isnan(a) or math.isnan(b)))
     compare("nan", "f32", lambda a, b: math.isnan(a) or math.isnan(b))
+    add(
+        lanewise(
+            "setp.gt.s32 two results", "u32", ["s32", "s32"],
+            lambda a, b: 1 if a > b else 2,
+            body="    setp.gt.s32 %p1|%p2, %r1, %r2;\n    selp.b32 %r0, 1, 0, %p1;\n"
+            "    @%p2 mov.u32 %r0, 2;",
+        )
+    )  # fmt: skip
+    add(
+        lanewise(
+            "set.lt.u32.f32", "u32", ["f32", "f32"],
+            lambda a, b: 0xFFFFFFFF if a < b else 0,
+        )
+    )  # fmt: skip
+
+
+def _predicates(add):
     for combine, function in (
         ("and", lambda p, q: p and q), ("or", lambda p, q: p or q), ("xor", lambda p, q: p != q)
     ):  # fmt: skip
@@ -696,20 +726,9 @@ def _comparisons(add):
                 "    selp.u32 %r4, 1, 0, %p5;\n    or.b32 %r0, %r3, %r4;",
             )
         )  # fmt: skip
-    add(
-        lanewise(
-            "setp.gt.s32 two results", "u32", ["s32", "s32"],
-            lambda a, b: 1 if a > b else 2,
-            body="    setp.gt.s32 %p1|%p2, %r1, %r2;\n    selp.b32 %r0, 1, 0, %p1;\n"
-            "    @%p2 mov.u32 %r0, 2;",
-        )
-    )  # fmt: skip
-    add(
-        lanewise(
-            "set.lt.u32.f32", "u32", ["f32", "f32"],
-            lambda a, b: 0xFFFFFFFF if a < b else 0,
-        )
-    )  # fmt: skip
+
+
+def _selections(add):
     for kind in ("b16", "b32", "b64", "u16", "s16", "u32", "s32", "u64", "s64", "f32", "f64"):
         register = _REGISTER[bits_of(kind) // 8]
         raw = f"u{bits_of(kind)}"

@@ -68,7 +68,12 @@ def _near_fp8(a, *rest):
 
 def programs() -> list[Program]:
     out: list[Program] = []
-    add = out.append
+    for add_to in (_narrow_floats, _integers, _bytes, _floats, _moves):
+        add_to(out.append)
+    return out
+
+
+def _narrow_floats(add):
     for kind in _FP8:
         add(
             lanewise(
@@ -103,9 +108,12 @@ def programs() -> list[Program]:
                 lambda a: int(np.array([a], np.float32).view(np.uint32)[0]), nan_is_nan=True,
             )
         )  # fmt: skip
-    integers = ("u8", "s8", "u16", "s16", "u32", "s32", "u64", "s64")
-    for source in integers[2:]:
-        for target in integers[2:]:
+
+
+def _integers(add):
+    integers = ("u16", "s16", "u32", "s32", "u64", "s64")
+    for source in integers:
+        for target in integers:
             if source[1:] != target[1:]:
                 add(lanewise(f"cvt.{target}.{source}", target, [source], lambda a: a))
         add(lanewise(f"cvt.rn.f32.{source}", "f32", [source],
@@ -114,6 +122,9 @@ def programs() -> list[Program]:
             expected = _to_integer(rounding, source)
             add(lanewise(f"cvt.{rounding}.{source}.f32", source, ["f32"], expected))
     add(lanewise("cvt.rzi.ftz.s32.f32", "s32", ["f32"], _to_integer("rzi", "s32")))
+
+
+def _bytes(add):
     for source in ("u8", "s8"):
         # An 8-bit value in a wider register: its upper bits do not count.
         for register, given in (("%h1", "u16"), ("%r1", "u32")):
@@ -136,6 +147,9 @@ def programs() -> list[Program]:
     add(lanewise("cvt.sat.s16.s32", "s16", ["s32"], lambda a: max(-32768, min(32767, a))))
     add(lanewise("cvt.s32.s16 of a 32-bit register", "s32", ["u32"],
                  lambda a: value("s16", a & 0xFFFF), body="    cvt.s32.s16 %r0, %r1;"))  # fmt: skip
+
+
+def _floats(add):
     for rounding, function in _ROUNDINGS.items():
         add(
             lanewise(
@@ -165,8 +179,6 @@ def programs() -> list[Program]:
             "cvt.rn.f32.f64", "f32", ["f64"], lambda a: round_to("f32", _exact(a)), nan_is_nan=True
         )
     )
-    _moves(add)
-    return out
 
 
 def _exact(x: float):

@@ -52,6 +52,68 @@ def _descriptor(leading: int, stride: int, swizzle: int) -> int:
     return leading >> 4 << 16 | stride >> 4 << 32 | _LAYOUTS[swizzle][1] << 62
 
 
+def _memory(a, b, swizzle: int) -> tuple[np.ndarray, int, tuple[int, int]]:
+    """Two operands (matrix, transposed) in shared memory: its bytes, where the second begins, descriptors."""
+    a_image, *a_offsets = _image(a[0], swizzle, a[1])
+    b_image, *b_offsets = _image(b[0], swizzle, b[1])
+    offset = -(-a_image.size // 1024) * 1024
+    memory = np.zeros(-(-(offset + b_image.size) // 128) * 128, np.uint8)
+    memory[: a_image.size] = a_image
+    memory[offset : offset + b_image.size] = b_image
+    return memory, offset, (_descriptor(*a_offsets, swizzle), _descriptor(*b_offsets, swizzle))
+
+
+def _text(
+    *,
+    count: int,
+    memory_size: int,
+    descriptors: tuple[int, int],
+    b_offset: int,
+    opcode: str,
+    registers: bool,
+    flags: str,
+) -> str:
+    """One product of `count` registers a thread, from and to global memory."""
+    names = [f"%r{i}" for i in range(count)]
+    a_operand = "{%r150, %r151, %r152, %r153}" if registers else "%d1"
+    loads = "\n".join(f"    ld.global.u32 {r}, [%d5+{4 * i}];" for i, r in enumerate(names))
+    stores = "\n".join(f"    st.global.u32 [%d5+{4 * i}], {r};" for i, r in enumerate(names))
+    fragments = "\n".join(f"    ld.global.u32 %r{150 + i}, [%d7+{4 * i}];" for i in range(4))
+    return kernel(
+        "u64 u64 u64",
+        f"""
+    mov.u32 %r130, %tid.x;
+    ld.param.u64 %d10, [p0];
+    ld.param.u64 %d4, [p1];
+    ld.param.u64 %d6, [p2];
+    mad.wide.u32 %d5, %r130, {4 * count}, %d4;
+    mad.wide.u32 %d7, %r130, 16, %d6;
+{fragments}
+{loads}
+    mov.u32 %r131, memory;
+"""
+        + from_global(
+            memory_size, "%d10", threads=128, thread="%r130", base="%r131", scratch="%r14"
+        )
+        + f"""
+    fence.proxy.async.shared::cta;
+    bar.sync 0;
+    and.b32 %r142, %r131, 0x3ffff;
+    shr.u32 %r142, %r142, 4;
+    cvt.u64.u32 %d8, %r142;
+    or.b64 %d1, %d8, {descriptors[0]};
+    add.s64 %d9, %d8, {b_offset >> 4};
+    or.b64 %d2, %d9, {descriptors[1]};
+    setp.eq.u32 %p1, %r131, %r131;
+    wgmma.fence.sync.aligned;
+    {opcode} {{{", ".join(names)}}}, {a_operand}, %d2, {flags};
+    wgmma.commit_group.sync.aligned;
+    wgmma.wait_group.sync.aligned 0;
+{stores}""",
+        module=_MODULE,
+    )
+
+
 def _multiply(
     n: int,
     d_type: str,
@@ -78,59 +140,20 @@ def _multiply(
         a = a[:, :k]
     if b_transposed:
         b = b[:, :k]
-    a_image, *a_offsets = _image(a, swizzle, a_transposed)
-    b_image, *b_offsets = _image(b, swizzle, b_transposed)
-    offset = -(-a_image.size // 1024) * 1024
-    memory = np.zeros(-(-(offset + b_image.size) // 128) * 128, np.uint8)
-    memory[: a_image.size] = a_image
-    memory[offset : offset + b_image.size] = b_image
-
-    per_register = 1 if d_type == "f32" else 2
-    count = n // 2 // per_register
-    names = [f"%r{i}" for i in range(count)]
+    memory, offset, descriptors = _memory((a, a_transposed), (b, b_transposed), swizzle)
     transposes = ""
     if k == 16:
         transposes = f", {int(b_transposed)}"
         if not registers:
             transposes = f", {int(a_transposed)}{transposes}"
-    a_operand = "{%r150, %r151, %r152, %r153}" if registers else "%d1"
-    loads = "\n".join(f"    ld.global.u32 {r}, [%d5+{4 * i}];" for i, r in enumerate(names))
-    stores = "\n".join(f"    st.global.u32 [%d5+{4 * i}], {r};" for i, r in enumerate(names))
-    fragments = "\n".join(f"    ld.global.u32 %r{150 + i}, [%d7+{4 * i}];" for i in range(4))
-    text = kernel(
-        "u64 u64 u64",
-        f"""
-    mov.u32 %r130, %tid.x;
-    ld.param.u64 %d10, [p0];
-    ld.param.u64 %d4, [p1];
-    ld.param.u64 %d6, [p2];
-    mad.wide.u32 %d5, %r130, {4 * count}, %d4;
-    mad.wide.u32 %d7, %r130, 16, %d6;
-{fragments}
-{loads}
-    mov.u32 %r131, memory;
-"""
-        + from_global(
-            memory.size, "%d10", threads=128, thread="%r130", base="%r131", scratch="%r14"
-        )
-        + f"""
-    fence.proxy.async.shared::cta;
-    bar.sync 0;
-    and.b32 %r142, %r131, 0x3ffff;
-    shr.u32 %r142, %r142, 4;
-    cvt.u64.u32 %d8, %r142;
-    or.b64 %d1, %d8, {_descriptor(*a_offsets, swizzle)};
-    add.s64 %d9, %d8, {offset >> 4};
-    or.b64 %d2, %d9, {_descriptor(*b_offsets, swizzle)};
-    setp.eq.u32 %p1, %r131, %r131;
-    wgmma.fence.sync.aligned;
-    wgmma.mma_async.sync.aligned.m64n{n}k{k}.{d_type}.{a_type}.{b_type} {{{", ".join(names)}}}, {
-            a_operand
-        }, %d2, {"%p1" if accumulate else "0"}, {signs[0]}, {signs[1]}{transposes};
-    wgmma.commit_group.sync.aligned;
-    wgmma.wait_group.sync.aligned 0;
-{stores}""",
-        module=_MODULE,
+    text = _text(
+        count=n // 2 // (1 if d_type == "f32" else 2),
+        memory_size=memory.size,
+        descriptors=descriptors,
+        b_offset=offset,
+        opcode=f"wgmma.mma_async.sync.aligned.m64n{n}k{k}.{d_type}.{a_type}.{b_type}",
+        registers=registers,
+        flags=f"{'%p1' if accumulate else '0'}, {signs[0]}, {signs[1]}{transposes}",
     )
     exact = a[:, :k].astype(np.float64) @ b[:, :k].astype(np.float64).T * signs[0] * signs[1]
     want = (exact + (d.astype(np.float64) if accumulate else 0)).astype(d.dtype)

@@ -373,6 +373,22 @@ def _distributed() -> Program:
     )
 
 
+def _atomic_result(operation: str, start: int, times: int) -> float:
+    """What 64 threads leave in the cell, each with its number as operand, `times` times."""
+    if operation in ("inc", "dec"):
+        state = start
+        for _ in range(128):
+            if operation == "inc":
+                state = 0 if state >= 10 else state + 1
+            else:
+                state = 9 if state == 0 or state > 9 else state - 1
+        return state
+    return {
+        "add": times * sum(range(64)), "min": 0, "max": 63, "and": 0, "or": 63,
+        "xor": 0, "exch": 77, "cas": 9,
+    }[operation]  # fmt: skip
+
+
 def _atomic(space: str, operation: str, kind: str) -> Program:
     """All threads of two warps act on one cell; thread 0 stores what it holds at the end."""
     bits = int(kind[1:])
@@ -420,20 +436,7 @@ END:""",
     times = 1 if not second else 2
 
     def check(got, cell_array):
-        threads = np.arange(64)
-        state = start
-        want: float = {
-            "add": times * int(threads.sum()), "min": 0, "max": 63, "and": 0, "or": 63,
-            "xor": 0, "exch": 77, "cas": 9,
-        }.get(operation, -1)  # fmt: skip
-        if operation in ("inc", "dec"):
-            limit = 10 if operation == "inc" else 9
-            for _ in range(128):
-                if operation == "inc":
-                    state = 0 if state >= limit else state + 1
-                else:
-                    state = limit if state == 0 or state > limit else state - 1
-            want = state
+        want = _atomic_result(operation, start, times)
         expected = np.array([want], np.float32).view(np.uint32) if kind == "f32" else [want]
         same_bits(got, np.array(expected, dtype), opcode)
 

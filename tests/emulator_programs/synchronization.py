@@ -109,11 +109,8 @@ END:""",
     )
 
 
-def _pipeline(poll: str, limit: str) -> Program:
-    """A producer and a consumer warp share a ring of two slots for eight values."""
-    text = kernel(
-        "u64 u64",
-        f"""
+# A ring of two slots: {poll} waits for a phase, {limit} is its time limit.
+_PIPELINE = """
     mov.u32 %r100, %tid.x;
     mov.u32 %r101, ring;
     mov.u32 %r102, barriers;
@@ -170,7 +167,14 @@ FULL:
     add.s32 %r2, %r2, 1;
     setp.lt.u32 %p4, %r2, 8;
     @%p4 bra CONSUMER;
-END:""",
+END:"""
+
+
+def _pipeline(poll: str, limit: str) -> Program:
+    """A producer and a consumer warp share a ring of two slots for eight values."""
+    text = kernel(
+        "u64 u64",
+        _PIPELINE.format(poll=poll, limit=limit),
         module=".shared .align 128 .b8 ring[256];\n.shared .align 8 .b64 barriers[4];\n",
     )
     source = np.random.default_rng(0).integers(0, 2**32, 256, np.uint64).astype(np.uint32)

@@ -70,7 +70,20 @@ def _shuffle(mode: str, amount: int, width: int) -> Callable:
 
 def programs() -> list[Program]:
     out: list[Program] = []
-    add = out.append
+    for add_to in (
+        _shuffles,
+        _votes,
+        _reductions,
+        _masks,
+        _control_flow,
+        _special_registers,
+        _matrices,
+    ):
+        add_to(out.append)
+    return out
+
+
+def _shuffles(add):
     for width in (32, 8):
         for mode, amount in (("idx", 5), ("up", 3), ("down", 2), ("bfly", 1), ("bfly", 4)):
             clamp = 0 if mode == "up" else 31
@@ -89,6 +102,9 @@ def programs() -> list[Program]:
             lambda x: (_LANE < 16).astype(np.uint32),
         )
     )
+
+
+def _votes(add):
     odd = "    and.b32 %r2, %r1, 1;\n    setp.ne.u32 %p1, %r2, 0;\n"
 
     def is_odd(x):
@@ -115,6 +131,9 @@ def programs() -> list[Program]:
                     given=given.astype(np.uint32),
                 )
             )
+
+
+def _reductions(add):
     reductions = {
         "add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and,
         "or": np.bitwise_or, "xor": np.bitwise_xor,
@@ -135,6 +154,9 @@ def programs() -> list[Program]:
                     ).view(np.uint32),
                 )
             )
+
+
+def _masks(add):
     add(
         per_thread(
             "elect.sync",
@@ -168,10 +190,6 @@ JOIN:
             lambda x: np.where(_LANE < 12, 0xFFF, 0xFFFFF000),
         )
     )
-    _control_flow(add)
-    _special_registers(add)
-    _matrices(add)
-    return out
 
 
 def _control_flow(add):
@@ -222,33 +240,36 @@ DONE:
     )  # fmt: skip
 
 
+# Values by CTA and thread of the launch below.
+_SPECIAL_REGISTERS = {
+    "%tid.x": lambda g, t: t % 8,
+    "%tid.y": lambda g, t: t // 8 % 2,
+    "%tid.z": lambda g, t: t // 16,
+    "%ntid.x": lambda g, t: 8,
+    "%ntid.y": lambda g, t: 2,
+    "%ntid.z": lambda g, t: 4,
+    "%ctaid.x": lambda g, t: g % 4,
+    "%ctaid.y": lambda g, t: g // 4 % 2,
+    "%ctaid.z": lambda g, t: 0,
+    "%nctaid.x": lambda g, t: 4,
+    "%nctaid.y": lambda g, t: 2,
+    "%nctaid.z": lambda g, t: 1,
+    "%laneid": lambda g, t: t % 32,
+    "%warpid": lambda g, t: t // 32,
+    "%cluster_ctarank": lambda g, t: g % 2,
+    "%cluster_nctarank": lambda g, t: 2,
+    "%clusterid.x": lambda g, t: g % 4 // 2,
+    "%nclusterid.x": lambda g, t: 2,
+    "%cluster_ctaid.x": lambda g, t: g % 2,
+    "%cluster_nctaid.x": lambda g, t: 2,
+    "%lanemask_lt": lambda g, t: (1 << t % 32) - 1,
+    "%lanemask_eq": lambda g, t: 1 << t % 32,
+    "%lanemask_le": lambda g, t: (2 << t % 32) - 1,
+}
+
+
 def _special_registers(add):
-    names = {
-        "%tid.x": lambda g, t: t % 8,
-        "%tid.y": lambda g, t: t // 8 % 2,
-        "%tid.z": lambda g, t: t // 16,
-        "%ntid.x": lambda g, t: 8,
-        "%ntid.y": lambda g, t: 2,
-        "%ntid.z": lambda g, t: 4,
-        "%ctaid.x": lambda g, t: g % 4,
-        "%ctaid.y": lambda g, t: g // 4 % 2,
-        "%ctaid.z": lambda g, t: 0,
-        "%nctaid.x": lambda g, t: 4,
-        "%nctaid.y": lambda g, t: 2,
-        "%nctaid.z": lambda g, t: 1,
-        "%laneid": lambda g, t: t % 32,
-        "%warpid": lambda g, t: t // 32,
-        "%cluster_ctarank": lambda g, t: g % 2,
-        "%cluster_nctarank": lambda g, t: 2,
-        "%clusterid.x": lambda g, t: g % 4 // 2,
-        "%nclusterid.x": lambda g, t: 2,
-        "%cluster_ctaid.x": lambda g, t: g % 2,
-        "%cluster_nctaid.x": lambda g, t: 2,
-        "%lanemask_lt": lambda g, t: (1 << t % 32) - 1,
-        "%lanemask_eq": lambda g, t: 1 << t % 32,
-        "%lanemask_le": lambda g, t: (2 << t % 32) - 1,
-    }
-    for name, expected in names.items():
+    for name, expected in _SPECIAL_REGISTERS.items():
         text = kernel(
             "u64",
             f"""

@@ -45,6 +45,17 @@ class Run:
         self.check(*outputs)
 
 
+def _expected(kind, lhs, rhs, sizes):
+    """The product in float64."""
+    if kind == "grouped_gemm":
+        return oracle.grouped_gemm(lhs, rhs, sizes)
+    if kind == "masked_grouped_gemm":
+        return oracle.masked_grouped_gemm(lhs, rhs, sizes)
+    if kind == "grouped_wgrad_gemm":
+        return oracle.grouped_wgrad_gemm(lhs, rhs, sizes, lhs.data.shape[-1] - 128 * len(sizes))
+    return oracle.gemm(lhs, rhs)
+
+
 def product(
     kind, *, groups=1, m, n, k, config, sms=2, sizes=None, out=BF16, accum=False, lhs_type=E4M3
 ):
@@ -76,14 +87,7 @@ def product(
         operands["masked_m" if kind == "masked_grouped_gemm" else "group_sizes"] = np.array(
             sizes, np.int32
         )
-    if kind == "grouped_gemm":
-        want = oracle.grouped_gemm(lhs, rhs, sizes)
-    elif kind == "masked_grouped_gemm":
-        want = oracle.masked_grouped_gemm(lhs, rhs, sizes)
-    elif wgrad:
-        want = oracle.grouped_wgrad_gemm(lhs, rhs, sizes, k - 128 * len(sizes))
-    else:
-        want = oracle.gemm(lhs, rhs)
+    want = _expected(kind, lhs, rhs, sizes)
     start = rng.standard_normal(want.shape).astype(out) if accum else None
     if accum:
         want = want + start.astype(np.float64)

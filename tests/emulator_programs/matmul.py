@@ -141,11 +141,8 @@ def _multiply(
     if b_transposed:
         b = b[:, :k]
     memory, offset, descriptors = _memory((a, a_transposed), (b, b_transposed), swizzle)
-    transposes = ""
-    if k == 16:
-        transposes = f", {int(b_transposed)}"
-        if not registers:
-            transposes = f", {int(a_transposed)}{transposes}"
+    flags = [b_transposed] if registers else [a_transposed, b_transposed]
+    transposes = "".join(f", {int(t)}" for t in flags) if k == 16 else ""  # 16-bit types alone
     text = _text(
         count=n // 2 // (1 if d_type == "f32" else 2),
         memory_size=memory.size,

@@ -165,6 +165,18 @@ class Driver:
         )
         return raw, address
 
+    def argument(self, arg):
+        """A planned argument's memory, and its address."""
+        if isinstance(arg, dict) and "bytes" in arg:
+            cells = ctypes.c_uint64 * (len(arg["bytes"]) // 8)
+            cell = cells.from_buffer_copy(bytes(arg["bytes"]))
+        elif isinstance(arg, dict):
+            return self.tensor_map(arg)
+        else:
+            width, value = arg
+            cell = (ctypes.c_int32 if width == 4 else ctypes.c_int64)(value)
+        return cell, ctypes.addressof(cell)
+
     def prepare(
         self, kind, m, n, k, groups, tensors, *, shared=False, accum=False, config=-1, num_sms=0
     ) -> Launch:
@@ -195,23 +207,7 @@ class Driver:
         if failed:
             raise ValueError(buffer.value.decode())
         plan = json.loads(buffer.value)
-        keep, addresses = [tensors], []
-        for arg in plan["args"]:
-            if isinstance(arg, dict) and "bytes" in arg:
-                cell = (ctypes.c_uint64 * (len(arg["bytes"]) // 8)).from_buffer_copy(
-                    bytes(arg["bytes"])
-                )
-                keep.append(cell)
-                addresses.append(ctypes.addressof(cell))
-            elif isinstance(arg, dict):
-                raw, address = self.tensor_map(arg)
-                keep.append(raw)
-                addresses.append(address)
-            else:
-                width, value = arg
-                cell = (ctypes.c_int32 if width == 4 else ctypes.c_int64)(value)
-                keep.append(cell)
-                addresses.append(ctypes.addressof(cell))
+        arguments = [self.argument(arg) for arg in plan["args"]]
         attribute = _Attribute(id=4)  # CLUSTER_DIMENSION
         attribute.value[0:3] = plan["cluster"], 1, 1
         config_ = _Config(
@@ -222,10 +218,10 @@ class Driver:
             attributes=ctypes.pointer(attribute),
             count=1,
         )
-        keep.append(attribute)
         function = self.function(plan["image"], plan["kernel"], plan["smem"])
-        params = (ctypes.c_void_p * len(addresses))(*addresses)
-        return Launch(self, function, config_, params, tuple(keep), plan)
+        params = (ctypes.c_void_p * len(arguments))(*(address for _, address in arguments))
+        keep = (tensors, *(cell for cell, _ in arguments), attribute)
+        return Launch(self, function, config_, params, keep, plan)
 
 
 # ---- Operands

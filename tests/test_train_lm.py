@@ -82,7 +82,7 @@ def moe(tmp_path_factory):
     return finish(tmp_path_factory.mktemp("moe"), [*TINY, "--moe"])
 
 
-@pytest.fixture(params=["dense", "moe"])
+@pytest.fixture(params=["dense", pytest.param("moe", marks=pytest.mark.full)])
 def finished(request):
     return request.getfixturevalue(request.param)
 

@@ -136,10 +136,7 @@ def _multiply(
     a = rng.standard_normal((64, whole)).astype(_TYPES[a_type])
     b = rng.standard_normal((n, whole)).astype(_TYPES[b_type])
     d = rng.standard_normal((64, n)).astype(np.float32 if d_type == "f32" else np.float16)
-    if a_transposed:
-        a = a[:, :k]
-    if b_transposed:
-        b = b[:, :k]
+    a, b = a[:, : k if a_transposed else None], b[:, : k if b_transposed else None]
     memory, offset, descriptors = _memory((a, a_transposed), (b, b_transposed), swizzle)
     flags = [b_transposed] if registers else [a_transposed, b_transposed]
     transposes = "".join(f", {int(t)}" for t in flags) if k == 16 else ""  # 16-bit types alone

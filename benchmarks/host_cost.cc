@@ -46,7 +46,7 @@ int main(int, char** argv) {
 #define JAXFP8_NOTHING(name, parameters) table[#name] = reinterpret_cast<void*>(&nothing);
   JAXFP8_DRIVER_ENTRY_POINTS(JAXFP8_NOTHING)
   table["cuDeviceGetAttribute"] = reinterpret_cast<void*>(&attribute);
-  driver::set_image_directory(argv[1]);
+  driver::set_image_directory({argv[1]});
   driver::install(table, nullptr);
 
   const std::vector<int64_t> x{4096, 7168}, scale{4096, 56}, lhs{1, 4096, 7168},

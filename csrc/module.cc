@@ -34,11 +34,26 @@ nb::dict build_info() {
   return info;
 }
 
-nb::dict handlers(const std::string& platform) {
+// As the operating system has it, which need not be UTF-8.
+std::string file_system_path(nb::handle path) {
+  PyObject* bytes = nullptr;
+  if (!PyUnicode_FSConverter(path.ptr(), &bytes)) throw nb::python_error();
+  const auto owner = nb::steal(bytes);
+  return {PyBytes_AsString(bytes), static_cast<size_t>(PyBytes_Size(bytes))};
+}
+
+nb::dict handlers(const std::string& platform, const std::string& stage) {
   if (platform != "CUDA" && platform != "cpu") {
     throw nb::value_error(("platform is " + platform + "; allowed are CUDA and cpu").c_str());
   }
-  std::vector<Handler> all = platform == "CUDA" ? cuda_handlers() : emulated_handlers();
+  const bool initialize = stage == "initialize" && platform == "CUDA";
+  if (!initialize && stage != "execute") {
+    throw nb::value_error(
+        ("stage is " + stage + "; allowed are execute, and initialize on CUDA").c_str());
+  }
+  std::vector<Handler> all = initialize           ? cuda_initializers()
+                             : platform == "CUDA" ? cuda_handlers()
+                                                  : emulated_handlers();
   nb::dict named;
   for (size_t i = 0; i < all.size(); ++i) {
     named[targets()[i].name.c_str()] = nb::capsule(reinterpret_cast<void*>(all[i]));
@@ -182,8 +197,13 @@ void install_driver(const std::map<std::string, uintptr_t>& entry_points, uintpt
 NB_MODULE(_C, m) {
   using namespace jaxfp8;
   m.def("build_info", &build_info);
-  m.def("set_image_directory", &driver::set_image_directory, nb::arg("path"));
-  m.def("handlers", &handlers, nb::arg("platform"));
+  m.def(
+      "set_image_directory",
+      [](nb::handle path, bool built) {
+        driver::set_image_directory({file_system_path(path), built});
+      },
+      nb::arg("path"), nb::kw_only(), nb::arg("built") = true);
+  m.def("handlers", &handlers, nb::arg("platform"), nb::arg("stage") = "execute");
 
   nb::class_<NamedPlan>(m, "Plan")
       .def_prop_ro("image", [](const NamedPlan& p) { return p.plan.image; })

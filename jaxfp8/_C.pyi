@@ -1,4 +1,5 @@
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from typing import Any, TypedDict
 
 class BuildInfo(TypedDict):
@@ -8,8 +9,11 @@ class BuildInfo(TypedDict):
     images: list[str]
 
 def build_info() -> BuildInfo: ...
-def set_image_directory(path: str) -> None: ...
-def handlers(platform: str) -> dict[str, Any]: ...  # "CUDA" or "cpu": target -> capsule
+def set_image_directory(path: str | bytes | PathLike[str], *, built: bool = True) -> None: ...
+def handlers(
+    platform: str,  # "CUDA" or "cpu"
+    stage: str = "execute",  # or, on CUDA, "initialize"
+) -> dict[str, Any]: ...  # target -> capsule
 
 class Plan:
     """The launch of one custom call; addresses are written as `<array>+<bytes>`."""

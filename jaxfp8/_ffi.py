@@ -141,8 +141,12 @@ def _load() -> ModuleType:
 
 @functools.cache
 def _register(platform: str) -> None:
-    for name, handler in _C.handlers(platform).items():
-        jax.ffi.register_ffi_target(name, handler, platform=platform)
+    execute = _C.handlers(platform)
+    # On CUDA kernels are loaded before a program starts; XLA's CPU platform has no such stage.
+    initialize = _C.handlers(platform, "initialize") if platform == "CUDA" else None
+    for name, handler in execute.items():
+        stages = {"initialize": initialize[name], "execute": handler} if initialize else handler
+        jax.ffi.register_ffi_target(name, stages, platform=platform)
 
 
 def register_cpu_targets() -> None:
@@ -154,6 +158,6 @@ def register_cpu_targets() -> None:
 
 
 _C = _load()
-_C.set_image_directory(str(image_directory()))
+_C.set_image_directory(image_directory())
 # Harmless where JAX has no CUDA platform.
 _register("CUDA")

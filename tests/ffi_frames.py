@@ -22,7 +22,8 @@ DTYPES = {
     "unknown": 63,  # the largest that the enumeration can hold
 }  # fmt: skip
 INVALID_ARGUMENT, INTERNAL, UNAVAILABLE = 3, 13, 14  # XLA_FFI_Error_Code
-EXECUTE = 3  # XLA_FFI_ExecutionStage
+INITIALIZE, EXECUTE = 2, 3  # XLA_FFI_ExecutionStage
+STAGES = {INITIALIZE: "initialize", EXECUTE: "execute"}
 _ARRAY, _DICTIONARY, _SCALAR, _STRING = 1, 2, 3, 4  # XLA_FFI_AttrType
 
 _ptr, _size, _i64, _int = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64, ctypes.c_int
@@ -129,11 +130,11 @@ _HANDLER = ctypes.CFUNCTYPE(_size, ctypes.POINTER(_Frame))
 
 
 @functools.cache
-def handlers(platform: str) -> dict[str, Any]:
-    """The handlers of a platform, by target."""
+def handlers(platform: str, stage: int = EXECUTE) -> dict[str, Any]:
+    """The handlers of a platform and stage, by target."""
     return {
         name: _HANDLER(_capsule_pointer(capsule, None))
-        for name, capsule in _C.handlers(platform).items()
+        for name, capsule in _C.handlers(platform, STAGES[stage]).items()
     }
 
 
@@ -239,5 +240,5 @@ class Frame:
 
     def call(self, target: str, platform: str = "cpu") -> Error | None:
         """Calls the target's handler; None is success."""
-        handle = handlers(platform)[target](ctypes.byref(self.frame))
+        handle = handlers(platform, self.frame.stage)[target](ctypes.byref(self.frame))
         return _errors.pop(handle) if handle else None

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import math
 import random
 import re
 import sys
@@ -89,6 +90,15 @@ class Call:
 
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def _bytes(array: Array) -> int:
+    return math.prod(array.dims) * {"f32": 4, "bf16": 2}.get(array.dtype, 1)
+
+
+def _overlap_in_part(a: Array, b: Array) -> bool:
+    apart = a.address + _bytes(a) <= b.address or b.address + _bytes(b) <= a.address
+    return a.address != b.address and not apart
 
 
 def faults(call: Call) -> set[str]:
@@ -199,7 +209,7 @@ def _value_faults(call: Call, arrays: dict[str, Array]) -> set[str]:
     if contraction % (BLOCK if wgrad else 16):
         found |= {"lhs", "rhs"}
     if "accum" in arrays:
-        if arrays["accum"].dtype != out.dtype or arrays["accum"].address != out.address:
+        if arrays["accum"].dtype != out.dtype or _overlap_in_part(arrays["accum"], out):
             found |= {"accum"}
     if rhs.dtype == "f8e5m2" and ("1d1d" not in target and not wgrad or lhs.dtype == "f8e5m2"):
         found |= {"lhs", "rhs"}
@@ -316,7 +326,8 @@ def valid_call(rng: random.Random) -> Call:
         address = (1 << 56) + (i << 44) + 16 * rng.randrange(1 << 20)
         arrays[name] = Array(dtype, dims, address)
     if "accum" in arrays:
-        arrays["accum"].address = arrays["out"].address
+        if rng.randrange(4):  # else beside it, as where XLA forgot that they are one
+            arrays["accum"].address = arrays["out"].address
     attributes: dict[str, tuple[str, Any]]
     if "gemm" in target:
         config = rng.randrange(-1, len(_C.configs(target)))
@@ -379,7 +390,7 @@ def mutate(rng: random.Random, call: Call):
         array.dtype, other.dtype = other.dtype, array.dtype
         array.dims, other.dims = other.dims, array.dims
     else:
-        array.address = rng.choice(arrays).address
+        array.address = rng.choice(arrays).address + rng.choice((0, 0, 16, -16, 4096, -4096))
 
 
 def _mutate_attribute(rng: random.Random, call: Call):
@@ -429,26 +440,41 @@ _NAMED = re.compile(
 )
 
 
-def judge(call: Call, driver: RecordingDriver, stream: int) -> str:
+def judge(call: Call, driver: RecordingDriver, stream: int, *, initialize: bool = False) -> str:
     """Makes a call and holds what happened to the contract; "launched" or "refused".
+
+    `initialize`: as XLA does, in its earlier stage too, which is to load what the call needs.
 
     Raises:
         AssertionError: the handler was wrong.
     """
     wrong = faults(call)
-    before = driver.calls("cuLaunchKernelEx")
+    counted = ("cuLaunchKernelEx", "cuMemcpyDtoDAsync_v2", "cuKernelGetFunction")
+    before = [driver.calls(name) for name in counted]
+    initialized = initialize and call.frame(stream, stage=ffi_frames.INITIALIZE).call(
+        call.target, "CUDA"
+    )
+    loads = driver.calls("cuKernelGetFunction")
     error = call.frame(stream).call(call.target, "CUDA")
-    launched = driver.calls("cuLaunchKernelEx") - before
+    launched, copied, _ = (driver.calls(n) - b for n, b in zip(counted, before, strict=True))
+    if initialize:
+        assert initialized is None or error is not None, f"refused, then launched: {initialized}"
+        assert driver.calls("cuKernelGetFunction") == loads, "loaded when it was executed"
     assert not driver.complaints, driver.complaint
     assert not driver.depth, "a context was left on the stack"
     assert not driver.capture_mode, "the thread's capture mode was changed"
     if error is None:
         assert not wrong, f"accepted, but {sorted(wrong)} is at fault"
         assert launched == 1
+        accum, out = call.operands[-1], call.results[0]
+        apart = "accum" in call.target and accum.address != out.address
+        assert copied == apart
+        if apart:
+            assert driver.last_copy == (out.address, accum.address, _bytes(out))
         launch = driver.last_launch
         assert launch.device == stream - 1
         return "launched"
-    assert not launched, "refused after a launch"
+    assert not launched and not copied, "refused after a launch"
     assert error.code == ffi_frames.INVALID_ARGUMENT, error
     if not wrong and call.attributes.get("config") == ("s32", -1):
         # The heuristic may choose a configuration of too many tiles, where another has fewer.
@@ -476,8 +502,11 @@ def run(seed: int, calls: int, *, first: int = 0, seconds: float = float("inf"))
     with RecordingDriver(num_devices=2, num_sms=NUM_SMS) as driver:
         for number in range(first, first + calls):
             call = draw(seed, number)
+            if number % 500 == 499:
+                driver.renew_contexts()
             try:
-                outcomes[judge(call, driver, stream=1 + number % 2)] += 1
+                stream, initialize = 1 + number % 2, number % 3 == 0
+                outcomes[judge(call, driver, stream, initialize=initialize)] += 1
             except AssertionError as error:
                 raise AssertionError(f"{seed}:{number}: {error}\n{call}") from error
             targets[call.target] += 1

@@ -27,7 +27,8 @@ IMAGE = b"\x7fELF\x02" + bytes(59)
 ENTRY_POINTS = (
     "cuInit", "cuDriverGetVersion", "cuGetErrorName", "cuGetErrorString", "cuDeviceGetAttribute",
     "cuStreamGetCtx", "cuCtxGetCurrent", "cuCtxPushCurrent_v2", "cuCtxPopCurrent_v2",
-    "cuCtxGetDevice", "cuThreadExchangeStreamCaptureMode", "cuLibraryLoadData",
+    "cuCtxGetDevice", "cuCtxGetId", "cuMemcpyDtoDAsync_v2",
+    "cuThreadExchangeStreamCaptureMode", "cuLibraryLoadData",
     "cuLibraryGetKernel", "cuKernelSetAttribute", "cuKernelGetFunction", "cuTensorMapEncodeTiled",
     "cuLaunchKernelEx",
 )  # fmt: skip
@@ -94,6 +95,7 @@ def _library() -> ctypes.CDLL:
     finally:
         shutil.rmtree(directory)  # the mapping stays
     library.recording_last_launch.restype = ctypes.POINTER(Launch)
+    library.recording_last_copy.restype = ctypes.POINTER(ctypes.c_uint64 * 3)
     library.recording_complaint.restype = ctypes.c_char_p
     library.recording_api.restype = ctypes.c_void_p
     library.recording_error_message.restype = ctypes.c_char_p
@@ -129,7 +131,7 @@ class RecordingDriver:
         self._images = tempfile.TemporaryDirectory()
         self.image_directory = Path(self._images.name)
         write_images(self.image_directory)
-        _C.set_image_directory(self._images.name)
+        _C.set_image_directory(self._images.name, built=False)
         self.install()
         return self
 
@@ -159,6 +161,10 @@ class RecordingDriver:
         """A quarter of the driver's calls sleep up to this long, until the next `reset`."""
         self._library.recording_jitter(microseconds)
 
+    def hold(self, entry_point: str):
+        """Calls of an entry point do not return, until another is held, or none: ""."""
+        self._library.recording_hold(entry_point.encode())
+
     def calls(self, entry_point: str) -> int:
         return self._library.recording_calls(entry_point.encode())
 
@@ -174,6 +180,15 @@ class RecordingDriver:
     @property
     def last_launch(self) -> Launch:
         return self._library.recording_last_launch()[0]
+
+    @property
+    def last_copy(self) -> tuple[int, int, int]:
+        """Target, source and bytes of this thread's last copy."""
+        return tuple(self._library.recording_last_copy()[0])
+
+    def renew_contexts(self):
+        """Destroys every device's context and makes it anew, at the same address."""
+        self._library.recording_renew_contexts()
 
     @property
     def depth(self) -> int:

@@ -10,6 +10,8 @@ import resource
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 
 import pytest
 
@@ -45,8 +47,87 @@ def gemm(driver, stream=1, *, k=256) -> Frame:
     return Frame(operands, results, attributes, stream=stream, api=0)
 
 
+def quantizer(stream=1) -> Frame:
+    """A gated activation's gradient: it needs shared memory to be allowed, too."""
+    at = iter(range(1 << 50, 1 << 60, 1 << 44))
+    g, m, a, f = 1, 128, 2, 128
+    operands = [Buffer("bf16", next(at), (g, m, a, f)), Buffer("bf16", next(at), (g, m, f))]
+    results = [
+        Buffer("f8e4m3fn", next(at), (g, m, a, f)),
+        Buffer("f32", next(at), (g, m, a, 1)),
+        Buffer("f8e4m3fn", next(at), (g, a, f, m)),
+        Buffer("f32", next(at), (g, a, f, 1)),
+    ]
+    attributes = {
+        "pow2": ffi_frames.scalar("pred", False),
+        "activation": ffi_frames.scalar("s32", 0),
+    }
+    return Frame(operands, results, attributes, stream=stream, api=0)
+
+
 def call(driver, stream=1):
     return gemm(driver, stream).call(TARGET, "CUDA")
+
+
+# --- loading ---------------------------------------------------------------------------------------
+
+LOADS = ("cuLibraryLoadData", "cuLibraryGetKernel", "cuKernelSetAttribute", "cuKernelGetFunction")
+
+
+def test_the_initialize_stage_loads_what_the_execute_stage_launches(driver):
+    frame = gemm(driver)
+    frame.frame.stage = ffi_frames.INITIALIZE
+    for _ in range(2):
+        assert frame.call(TARGET, "CUDA") is None
+        assert [driver.calls(name) for name in LOADS] == [1, 1, 1, 1]
+    assert not driver.calls("cuLaunchKernelEx")
+    assert call(driver) is None
+    assert driver.calls("cuLaunchKernelEx") == 1
+    assert [driver.calls(name) for name in LOADS] == [1, 1, 1, 1]
+
+
+def test_another_device_and_another_context_are_made_ready_on_their_own(driver):
+    for stream in (1, 2, 1):
+        assert call(driver, stream) is None
+    assert [driver.calls(name) for name in LOADS] == [1, 1, 2, 2]
+    driver.renew_contexts()  # at the same addresses
+    for stream in (1, 1):
+        assert call(driver, stream) is None
+    assert [driver.calls(name) for name in LOADS] == [1, 1, 3, 3]
+
+
+@pytest.mark.parametrize("entry_point", LOADS)
+def test_a_launch_that_is_ready_waits_for_no_load(driver, entry_point):
+    """Of another kernel on another device, at whatever call of the driver that load is."""
+    assert call(driver, 2) is None
+    driver.hold(entry_point)
+    other = quantizer()
+    before = driver.calls(entry_point)
+    loading = threading.Thread(target=other.call, args=("jaxfp8_activation_grad_both_v1", "CUDA"))
+    loading.start()
+    deadline = time.monotonic() + 60
+    while driver.calls(entry_point) == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    try:
+        for stage in (ffi_frames.INITIALIZE, ffi_frames.EXECUTE):  # else it would never return
+            frame = gemm(driver, 2)
+            frame.frame.stage = stage
+            assert frame.call(TARGET, "CUDA") is None
+        assert loading.is_alive()
+    finally:
+        driver.hold("")
+        loading.join()
+
+
+def test_threads_that_need_the_same_kernel_wait_for_one_load(driver):
+    driver.jitter(200)
+    made = [(TARGET, gemm(driver, 1 + i % 2)) for i in range(8)]
+    for _, frame in made:
+        frame.frame.api = driver.api
+    failed, message = driver.hammer(made, threads=8, rounds=4)
+    assert not failed, message
+    assert [driver.calls(name) for name in LOADS] == [1, 1, 2, 2]
 
 
 # --- random calls ---------------------------------------------------------------------------------
@@ -159,7 +240,7 @@ def test_any_failure_of_any_driver_call_is_named_and_the_next_call_works(driver,
                 continue
             assert (driver.depth, driver.capture_mode) == (0, 0), where
             assert call(driver, 2) is None, where
-    assert injected == (9 if later else 20)
+    assert injected == (10 if later else 19)
 
 
 # CUresult: what the message says after the driver's own text.
@@ -247,7 +328,7 @@ def test_the_driver_is_found_as_libcuda(tmp_path):
     code = f"""
         from tests.test_border import TARGET, gemm
         from jaxfp8 import _C
-        _C.set_image_directory({str(tmp_path)!r})
+        _C.set_image_directory({str(tmp_path)!r}, built=False)
         print(gemm(None).call(TARGET, "CUDA"))
         print(gemm(None, stream=0).call(TARGET, "cpu").message)
         print(gemm(None, stream=9).call(TARGET, "CUDA").message)
@@ -293,6 +374,35 @@ def test_a_fork_after_import_is_safe():
         print("done")
     """
     assert run_python(code).stdout.split() == ["done"]
+
+
+def test_a_child_forked_during_a_first_load_loads_for_itself():
+    """What the parent's other thread was loading at the fork would never be loaded in the child."""
+    code = """
+        import os, signal, threading, time
+        import jaxfp8
+        from tests.recording import RecordingDriver
+        from tests.test_border import call
+        with RecordingDriver() as driver:
+            for name in ("cuLibraryLoadData", "cuKernelGetFunction"):
+                driver.install()
+                driver.reset()
+                driver.hold(name)
+                loading = threading.Thread(target=call, args=(driver,))
+                loading.start()
+                while not driver.calls(name):
+                    time.sleep(0.001)
+                child = os.fork()
+                if child == 0:
+                    signal.alarm(60)
+                    driver.hold("")
+                    os._exit(0 if call(driver) is None else 1)
+                status = os.waitpid(child, 0)[1]
+                driver.hold("")
+                loading.join()
+                print(status)
+    """
+    assert run_python(code).stdout.split() == ["0", "0"]
 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "calling"])

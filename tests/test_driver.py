@@ -252,7 +252,7 @@ def with_image(directory, content):
     """The message of a call whose kernels are a file with `content`."""
     if content is not None:
         (directory / "quantize_rows.cubin").write_bytes(content)
-    _C.set_image_directory(str(directory))
+    _C.set_image_directory(directory, built=False)
     try:
         return error_of()
     finally:
@@ -288,6 +288,45 @@ def test_a_damaged_image_never_reaches_the_driver(recording, tmp_path, content):
     assert "cuLibraryLoadData" not in recording.calls
     if _ffi.images():
         run()
+
+
+@needs_kernels
+@pytest.mark.parametrize("change", ["of other code", "of another length"])
+def test_an_image_of_another_build_never_reaches_the_driver(recording, tmp_path, change):
+    """An upgrade under a running process: plans of the old extension, kernels of the new package."""
+    code = bytearray((_ffi.image_directory() / "quantize_rows.cubin").read_bytes())
+    if change == "of other code":
+        code[len(code) // 2] ^= 1
+    else:
+        code += bytes(64)
+    (tmp_path / "quantize_rows.cubin").write_bytes(code)
+    _C.set_image_directory(tmp_path)
+    try:
+        message = error_of()
+    finally:
+        _C.set_image_directory(_ffi.image_directory())
+    assert "UNAVAILABLE" in message
+    assert "are not those that this process's jaxfp8 was built with" in message
+    assert "restart the process" in message
+    assert "cuLibraryLoadData" not in recording.calls
+    run()
+
+
+@needs_kernels
+def test_a_folder_whose_name_is_not_utf8(recording, tmp_path):
+    folder = os.fsencode(tmp_path) + b"/\xff\xfe"
+    os.mkdir(folder)
+    source = _ffi.image_directory() / "quantize_rows.cubin"
+    with open(folder + b"/quantize_rows.cubin", "wb") as copy:
+        copy.write(source.read_bytes())
+    try:
+        for path in (folder, os.fsdecode(folder)):
+            _C.set_image_directory(path)
+            run()
+    finally:
+        _C.set_image_directory(_ffi.image_directory())
+    with pytest.raises(TypeError):
+        _C.set_image_directory(3)
 
 
 def test_an_image_that_the_driver_refuses_is_named(recording, tmp_path):

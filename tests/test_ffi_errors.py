@@ -364,10 +364,26 @@ def test_handlers_refuse_a_size_that_disagrees(handlers, target, array):
 
 @pytest.mark.emulated
 @pytest.mark.parametrize("target", [t for t in TARGETS if "accum" in t])
-def test_handlers_refuse_an_accumulator_that_is_not_the_output(handlers, target):
+def test_an_accumulator_beside_the_output_is_copied_there_first(handlers, target):
     call = CustomCall(target)
     call.aliased = False
-    assert call.refusal_of_handler() == "accum is not the buffer of out; it must be aliased"
+    call.run()
+    (launch,) = handlers.launches
+    assert launch.target == call.target
+    assert handlers.calls.count("cuMemcpyDtoDAsync_v2") == 1
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if "accum" in t])
+def test_an_accumulator_that_overlaps_the_output_in_part_is_refused(target):
+    call = CustomCall(target)
+    for offset in (16, 4096):
+        message = call.refusal(offsets={"accum": offset})
+        assert message.startswith(
+            "accum is in part the buffer of out; allowed is all of it, or one"
+        )
+    beside = str(call.plan(offsets={"accum": 1 << 40}))
+    assert re.search(r"before: \d+ bytes of out\+1099511627776 are copied to out$", beside)
+    assert "before: " not in str(call.plan())
 
 
 @pytest.mark.emulated

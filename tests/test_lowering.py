@@ -119,6 +119,21 @@ def test_accum_is_aliased_and_donation_reaches_it():
     assert "tf.aliasing_output" in text
 
 
+def test_an_accumulating_call_stands_between_barriers():
+    """So that XLA takes it into no fusion with a slice of its operands or a stack of its results."""
+    q = jaxfp8.quantize(X)
+    stack = np.zeros((3, 64, 64), np.float32)
+    text = cuda_text(lambda a, b, acc: jaxfp8.wgrad_gemm(a, b, accum=acc[1]), q, q, stack)
+    before, call, after = re.split(
+        r"(stablehlo\.custom_call @jaxfp8_gemm_1d1d_accum_v1\([^\n]*)", text
+    )
+    operands = set(re.findall(r"%\w+", call.partition("(")[2].partition(")")[0]))
+    barrier = [line for line in before.splitlines() if "stablehlo.optimization_barrier" in line][-1]
+    assert {o.partition("#")[0] for o in operands} == {re.match(r"\s*(%\w+)", barrier)[1]}
+    (result,) = re.findall(r"(%\w+) = $", before.splitlines()[-1])
+    assert re.search(rf"stablehlo\.optimization_barrier {result}\b", after)
+
+
 def test_num_sms_of_the_recipe_reaches_the_call(quantized):
     with jaxfp8.Recipe(num_sms=100):
         text = cuda_text(PRODUCTS["gemm"][0], quantized)

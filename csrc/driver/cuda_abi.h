@@ -83,6 +83,8 @@ struct LaunchConfig {
   X(cuCtxPushCurrent_v2, (Context context))                                                       \
   X(cuCtxPopCurrent_v2, (Context* context))                                                       \
   X(cuCtxGetDevice, (Device* device))                                                             \
+  X(cuCtxGetId, (Context context, uint64_t* number))                                              \
+  X(cuMemcpyDtoDAsync_v2, (uint64_t target, uint64_t source, size_t bytes, Stream stream))        \
   X(cuThreadExchangeStreamCaptureMode, (int* mode))                                               \
   X(cuLibraryLoadData, (Library* library, const void* image, int* jit_options,                    \
                         void** jit_values, unsigned num_jit_options, int* library_options,        \

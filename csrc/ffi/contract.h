@@ -30,6 +30,12 @@ struct Array {
   size_t rank = 0;
 };
 
+inline uint64_t size_in_bytes(const Array& array) {
+  uint64_t size = array.dtype ? size_in_bytes(*array.dtype) : 0;
+  for (size_t d = 0; d < array.rank; ++d) size *= array.dims[d];
+  return size;
+}
+
 // A symbol of a shape. The first that a call mentions binds it; the derived ones follow from it.
 enum class Dim : uint8_t {
   kG,

@@ -61,9 +61,7 @@ void tell(driver::CallHook hook, const Call& call) {
   const auto add = [&](const std::vector<Array>& arrays, const std::vector<ArraySpec>& specs,
                        bool written) {
     for (size_t i = 0; i < arrays.size() && i < specs.size(); ++i) {
-      uint64_t size = arrays[i].dtype ? size_in_bytes(*arrays[i].dtype) : 0;
-      for (size_t d = 0; d < arrays[i].rank; ++d) size *= arrays[i].dims[d];
-      buffers.push_back({specs[i].name, arrays[i].data, size, written});
+      buffers.push_back({specs[i].name, arrays[i].data, size_in_bytes(arrays[i]), written});
     }
   };
   add(call.operands, call.target->operands, false);
@@ -85,31 +83,73 @@ T attribute(const Target& target, const ffi::Dictionary& attributes, const char*
   return attributes.get<T>(name).value();
 }
 
-ffi::Error run(const Target& target, cuda::Stream stream, ffi::RemainingArgs operands,
-               ffi::RemainingRets results, ffi::Dictionary attributes) {
+Call decode(const Target& target, const ffi::RemainingArgs& operands,
+            const ffi::RemainingRets& results, const ffi::Dictionary& attributes) {
+  Call call;
+  call.target = &target;
+  if (target.is<ActivationProblem>()) {
+    call.activation = attribute<int32_t>(target, attributes, "activation", "i32");
+  }
+  if (!target.is<GemmProblem>()) {
+    call.pow2 = attribute<bool>(target, attributes, "pow2", "i1");
+  } else {
+    call.config = attribute<int32_t>(target, attributes, "config", "i32");
+    call.num_sms = attribute<int32_t>(target, attributes, "num_sms", "i32");
+  }
+  call.operands.reserve(operands.size());
+  for (size_t i = 0; i < operands.size(); ++i) {
+    call.operands.push_back(decode(operands.get<ffi::AnyBuffer>(i).value()));
+  }
+  call.results.reserve(results.size());
+  for (size_t i = 0; i < results.size(); ++i) {
+    call.results.push_back(decode(*results.get<ffi::AnyBuffer>(i).value()));
+  }
+  return call;
+}
+
+void execute(const Call& call, cuda::Stream stream) {
+  driver::Device device(stream);
+  if (device.hook() != nullptr) tell(device.hook(), call);
+  device.execute(plan_call(call, device.num_sms()));
+}
+
+// What tells calls apart but their addresses, in 64 bits (FNV-1a of words).
+uint64_t fingerprint(const Call& call) {
+  uint64_t hash = 0xcbf29ce484222325;
+  const auto add = [&hash](uint64_t word) { hash = (hash ^ word) * 0x100000001b3; };
+  add(call.target - targets().data());
+  add(call.pow2 | call.activation << 1);
+  add(static_cast<uint64_t>(call.config) << 32 | static_cast<uint32_t>(call.num_sms));
+  for (const auto* arrays : {&call.operands, &call.results}) {
+    for (const Array& array : *arrays) {
+      add(array.dtype ? static_cast<uint64_t>(*array.dtype) : ~uint64_t{0});
+      for (size_t d = 0; d < array.rank; ++d) add(array.dims[d]);
+      add(array.rank);
+    }
+  }
+  return hash;
+}
+
+// XLA initializes before every execution: a call that was prepared is known by its fingerprint. If
+// two should share one, the second's kernel is left to its launch.
+void initialize(Call call, cuda::Stream stream) {
+  driver::Device device(stream);
+  const uint64_t known_as = fingerprint(call);
+  if (device.was_prepared(known_as)) return;
+  // Addresses are the execute stage's; which kernel it is does not depend on them.
+  void* const somewhere = reinterpret_cast<void*>(uintptr_t{1} << 20);
+  for (auto* arrays : {&call.operands, &call.results}) {
+    for (Array& array : *arrays) array.data = somewhere;
+  }
+  device.prepare(plan_call(call, device.num_sms()), known_as);
+}
+
+template <class Function>
+ffi::Error run(Function stage, const Target& target, cuda::Stream stream,
+               const ffi::RemainingArgs& operands, const ffi::RemainingRets& results,
+               const ffi::Dictionary& attributes) {
   try {
-    Call call;
-    call.target = &target;
-    if (target.is<ActivationProblem>()) {
-      call.activation = attribute<int32_t>(target, attributes, "activation", "i32");
-    }
-    if (!target.is<GemmProblem>()) {
-      call.pow2 = attribute<bool>(target, attributes, "pow2", "i1");
-    } else {
-      call.config = attribute<int32_t>(target, attributes, "config", "i32");
-      call.num_sms = attribute<int32_t>(target, attributes, "num_sms", "i32");
-    }
-    call.operands.reserve(operands.size());
-    for (size_t i = 0; i < operands.size(); ++i) {
-      call.operands.push_back(decode(operands.get<ffi::AnyBuffer>(i).value()));
-    }
-    call.results.reserve(results.size());
-    for (size_t i = 0; i < results.size(); ++i) {
-      call.results.push_back(decode(*results.get<ffi::AnyBuffer>(i).value()));
-    }
-    driver::Device device(stream);
-    if (device.hook() != nullptr) tell(device.hook(), call);
-    device.execute(plan_call(call, device.num_sms()));
+    stage(decode(target, operands, results, attributes), stream);
     return ffi::Error::Success();
   } catch (const std::invalid_argument& error) {
     return ffi::Error(ffi::ErrorCode::kInvalidArgument, error.what());
@@ -124,50 +164,61 @@ ffi::Error run(const Target& target, cuda::Stream stream, ffi::RemainingArgs ope
   }
 }
 
+enum class Stage { kCudaExecute, kCudaInitialize, kEmulated };
+
 // The CUDA platform passes its stream; the CPU platform has none.
-template <bool kOnCuda>
+template <Stage kStage>
 std::unique_ptr<ffi::Ffi> make_handler(const Target& target) {
-  if constexpr (kOnCuda) {
+  const auto on_cuda = [&target](auto stage) {
+    return [&target, stage](cuda::Stream stream, ffi::RemainingArgs operands,
+                            ffi::RemainingRets results, ffi::Dictionary attributes) {
+      return run(stage, target, stream, operands, results, attributes);
+    };
+  };
+  if constexpr (kStage == Stage::kCudaExecute) {
     return ffi::Ffi::Bind()
         .Ctx<ffi::PlatformStream<cuda::Stream>>()
         .RemainingArgs()
         .RemainingRets()
         .Attrs()
-        .To(
-            [&target](cuda::Stream stream, ffi::RemainingArgs operands, ffi::RemainingRets results,
-                      ffi::Dictionary attributes) {
-              return run(target, stream, operands, results, attributes);
-            },
-            {ffi::Traits::kCmdBufferCompatible});
+        .To(on_cuda(&execute), {ffi::Traits::kCmdBufferCompatible});
+  } else if constexpr (kStage == Stage::kCudaInitialize) {
+    return ffi::Ffi::BindInitialize()
+        .Ctx<ffi::PlatformStream<cuda::Stream>>()
+        .RemainingArgs()
+        .RemainingRets()
+        .Attrs()
+        .To(on_cuda(&initialize), {ffi::Traits::kCmdBufferCompatible});
   } else {
     return ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attrs().To(
         [&target](ffi::RemainingArgs operands, ffi::RemainingRets results,
                   ffi::Dictionary attributes) {
-          return run(target, nullptr, operands, results, attributes);
+          return run(&execute, target, nullptr, operands, results, attributes);
         });
   }
 }
 
-template <bool kOnCuda, size_t kTarget>
+template <Stage kStage, size_t kTarget>
 XLA_FFI_Error* handle(XLA_FFI_CallFrame* frame) {
   // Never destroyed: XLA's threads may outlive static objects.
-  static const ffi::Ffi* handler = make_handler<kOnCuda>(targets()[kTarget]).release();
+  static const ffi::Ffi* handler = make_handler<kStage>(targets()[kTarget]).release();
   return handler->Call(frame);
 }
 
-template <bool kOnCuda, size_t... kTarget>
+template <Stage kStage, size_t... kTarget>
 std::vector<Handler> all_handlers(std::index_sequence<kTarget...>) {
-  return {&handle<kOnCuda, kTarget>...};
+  return {&handle<kStage, kTarget>...};
+}
+
+template <Stage kStage>
+std::vector<Handler> all_handlers() {
+  return all_handlers<kStage>(std::make_index_sequence<kNumTargets>());
 }
 
 }  // namespace
 
-std::vector<Handler> cuda_handlers() {
-  return all_handlers<true>(std::make_index_sequence<kNumTargets>());
-}
-
-std::vector<Handler> emulated_handlers() {
-  return all_handlers<false>(std::make_index_sequence<kNumTargets>());
-}
+std::vector<Handler> cuda_handlers() { return all_handlers<Stage::kCudaExecute>(); }
+std::vector<Handler> cuda_initializers() { return all_handlers<Stage::kCudaInitialize>(); }
+std::vector<Handler> emulated_handlers() { return all_handlers<Stage::kEmulated>(); }
 
 }  // namespace jaxfp8

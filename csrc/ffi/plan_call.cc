@@ -94,9 +94,14 @@ LaunchPlan plan(const GemmProblem& problem, const Call& call, int device_sms) {
 LaunchPlan plan_call(const Call& call, int device_sms) {
   const Sizes sizes = check(call);
   try {
-    return std::visit(
-        [&](auto kind) { return plan(problem_of(kind, call, sizes), call, device_sms); },
-        call.target->kind);
+    LaunchPlan made =
+        std::visit([&](auto kind) { return plan(problem_of(kind, call, sizes), call, device_sms); },
+                   call.target->kind);
+    if (call.target->accum && call.operands.back().data != call.results.front().data) {
+      const Array& out = call.results.front();
+      made.copy = Copy{out.data, call.operands.back().data, size_in_bytes(out)};
+    }
+    return made;
   } catch (const PlanError& error) {
     fail(*call.target, error.what());
   }

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -59,6 +60,13 @@ struct Dim3 {
   uint32_t x = 1, y = 1, z = 1;
 };
 
+// Device memory to device memory, on the launch's stream before it.
+struct Copy {
+  void* target;
+  const void* source;
+  uint64_t bytes;
+};
+
 struct LaunchPlan {
   std::string image;   // csrc/kernels/*/<image>.cu, compiled to <image>.cubin and <image>.ptx
   std::string kernel;  // extern "C" name in that image
@@ -66,6 +74,7 @@ struct LaunchPlan {
   uint32_t dynamic_smem = 0;
   int config = -1;  // the configuration that was chosen; -1: the kernel has none
   std::vector<KernelArg> args;
+  std::optional<Copy> copy;
 };
 
 }  // namespace jaxfp8

@@ -64,6 +64,11 @@ std::string to_string(const LaunchPlan& plan, const NameAddress& name_address) {
         },
         plan.args[i]);
   }
+  if (plan.copy) {
+    text += "\n  before: " + std::to_string(plan.copy->bytes) + " bytes of " +
+            name_address(const_cast<void*>(plan.copy->source)) + " are copied to " +
+            name_address(plan.copy->target);
+  }
   return text;
 }
 

@@ -87,7 +87,13 @@ def product_call(name, reference, scale_operands):
             input_output_aliases={len(padded) - 1: 0} if accum else {},
         )
         index = config_index(product_of_call(name, operands, out_dtype, num_sms), name, config)
-        return call(*padded, config=np.int32(index), num_sms=np.int32(num_sms))
+        attributes = {"config": np.int32(index), "num_sms": np.int32(num_sms)}
+        if not accum:
+            return call(*padded, **attributes)
+        # XLA's dynamic-slice fusion would take the call in with a slice that it reads, or a stack that its result goes
+        # to, and forget that accum is the result's buffer: the call could only copy it. Barriers keep the call out.
+        (y,) = call(*lax.optimization_barrier(padded), **attributes)
+        return [once(y)]
 
     return custom_call
 

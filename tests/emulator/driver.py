@@ -93,6 +93,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuCtxPushCurrent_v2": (_ptr,),
     "cuCtxPopCurrent_v2": (_ptr_p,),
     "cuCtxGetDevice": (_int_p,),
+    "cuCtxGetId": (_ptr, _u64_p),
+    "cuMemcpyDtoDAsync_v2": (ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, _ptr),
     "cuThreadExchangeStreamCaptureMode": (_int_p,),
     "cuLibraryLoadData": (_ptr_p, _ptr, _int_p, _ptr_p, _u32, _int_p, _ptr_p, _u32),
     "cuLibraryGetKernel": (_ptr_p, _ptr, ctypes.c_char_p),
@@ -330,6 +332,17 @@ class EmulatedDriver:
 
     def cuCtxGetDevice(self, device):
         device[0] = self._device()
+
+    def cuCtxGetId(self, context, number):
+        number[0] = context or 0
+
+    def cuMemcpyDtoDAsync_v2(self, target, source, size, stream):
+        spans = self._call().spans
+        for address in (target, source):
+            if not any(b <= address and address + size <= b + n for b, n, _ in spans):
+                return INVALID_VALUE
+        ctypes.memmove(target, source, size)
+        return SUCCESS
 
     def cuThreadExchangeStreamCaptureMode(self, mode):
         return SUCCESS if mode[0] in (0, 1, 2) else INVALID_VALUE

@@ -41,6 +41,7 @@ std::atomic<int> driver_version{13000};
 std::atomic<int64_t> calls[kNumEntries], failure[kNumEntries], skips[kNumEntries];
 std::atomic<int64_t> complaints{0};
 std::atomic<int> jitter_us{0};
+std::atomic<int> held{-1};  // the entry point whose calls do not return
 
 thread_local std::vector<uintptr_t> contexts;
 thread_local int capture_mode = 0;
@@ -53,10 +54,17 @@ struct Launch {
 };
 thread_local Launch last_launch;
 
+struct Copied {
+  uint64_t target, source, bytes;
+};
+thread_local Copied last_copy;
+
+std::atomic<uint32_t> generation{0};  // of every context
+
 struct LoadedKernel {
   char name[96];
   std::atomic<uint32_t> dynamic_smem[kMaxDevices];
-  std::atomic<bool> ready[kMaxDevices];
+  std::atomic<int64_t> ready[kMaxDevices];  // 1 + the generation of the context
 };
 
 // A rule of the driver API that a call broke.
@@ -76,6 +84,9 @@ int enter(Entry entry) {
     thread_local uint32_t state = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(&state) >> 8);
     state = state * 1664525 + 1013904223;
     if (state >> 30 == 0) std::this_thread::sleep_for(std::chrono::microseconds(state % most));
+  }
+  while (held.load(std::memory_order_relaxed) == entry) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
   int64_t code = failure[entry].load(std::memory_order_relaxed);
   if (code == 0) return 0;
@@ -185,6 +196,23 @@ int cuCtxGetDevice(int* device) {
   return 0;
 }
 
+int cuCtxGetId(void* context, uint64_t* number) {
+  ENTER(cuCtxGetId);
+  *number = reinterpret_cast<uintptr_t>(context) + (uint64_t{generation} << 32);
+  return 0;
+}
+
+int cuMemcpyDtoDAsync_v2(uint64_t target, uint64_t source, size_t bytes, void* stream) {
+  ENTER(cuMemcpyDtoDAsync_v2);
+  if (target < source + bytes && source < target + bytes) return refuse(kInvalidValue, "overlap");
+  if (stream != nullptr &&
+      (contexts.empty() || contexts.back() != reinterpret_cast<uintptr_t>(stream))) {
+    return refuse(kInvalidContext, "a copy on a stream of another context");
+  }
+  last_copy = {target, source, bytes};
+  return 0;
+}
+
 int cuThreadExchangeStreamCaptureMode(int* mode) {
   ENTER(cuThreadExchangeStreamCaptureMode);
   if (*mode < 0 || *mode > 2) return refuse(kInvalidValue, "capture mode %d", *mode);
@@ -229,7 +257,7 @@ int cuKernelSetAttribute(int attribute, int value, void* kernel, int device) {
 
 int cuKernelGetFunction(void** function, void* kernel) {
   ENTER(cuKernelGetFunction);
-  static_cast<LoadedKernel*>(kernel)->ready[current_device()] = true;
+  static_cast<LoadedKernel*>(kernel)->ready[current_device()] = 1 + int64_t{generation};
   *function = kernel;
   return 0;
 }
@@ -283,7 +311,8 @@ int cuLaunchKernelEx(const cuda::LaunchConfig* config, void* function, void**, v
   if (stream != 0 && (contexts.empty() || contexts.back() != stream)) {
     return refuse(kInvalidContext, "a launch on stream %d in another context", int(stream));
   }
-  if (!kernel->ready[device]) return refuse(kInvalidValue, "%s was not loaded", kernel->name);
+  if (kernel->ready[device] != 1 + int64_t{generation})
+    return refuse(kInvalidValue, "%s was not loaded", kernel->name);
   Launch launch{};
   std::memcpy(launch.kernel, kernel->name, sizeof(launch.kernel));
   launch.device = device;
@@ -320,6 +349,20 @@ int cuLaunchKernelEx(const cuda::LaunchConfig* config, void* function, void**, v
 // --- for tests
 // ------------------------------------------------------------------------------------
 
+// Every device's context is destroyed and made anew, at the same address.
+void recording_renew_contexts() { generation.fetch_add(1); }
+
+// Calls of an entry point do not return until another is held, or none: "".
+void recording_hold(const char* name) {
+  int found = -1;
+  for (int i = 0; i < kNumEntries; ++i) {
+    if (std::strcmp(name, kEntryNames[i]) == 0) found = i;
+  }
+  held = found;
+}
+
+const Copied* recording_last_copy() { return &last_copy; }
+
 // Everything as at the start; what is loaded stays.
 void recording_reset() {
   num_devices = 1, capability_major = 9, capability_minor = 0, num_sms = 132;
@@ -327,6 +370,7 @@ void recording_reset() {
   complaints = 0;
   for (int i = 0; i < kNumEntries; ++i) calls[i] = failure[i] = skips[i] = 0;
   complaint[0] = 0;
+  last_copy = {};
   jitter_us = 0;
   contexts.clear();
   capture_mode = 0;

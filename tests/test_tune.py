@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import re
 
 import jax
@@ -186,6 +187,71 @@ def test_a_product_that_no_kernel_computes_is_refused(fields, message):
 
 
 ENTRY = {"kind": "gemm_1d2d", "m": 8, "n": 8, "k": 16, "config": "m64n32 cluster 1x1"}
+
+
+TIMED = {
+    "kind": "gemm_1d2d",
+    "m": 8,
+    "n": 8,
+    "k": 16,
+    "config": "m64n32 cluster 1x1",
+    "microseconds": 1,
+}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[" * 100_000,
+        '{"format": 1',
+        b"\xff\xfe\x00",
+        {"format": 1},
+        {"format": 1, "devices": None},
+        {"format": 1, "devices": []},
+        {"format": 1, "devices": {"H200": {}}},
+        {"format": 1, "devices": {"H200": "gemm"}},
+        *(
+            {"format": 1, "devices": {"H200": [entry]}}
+            for entry in (
+                1,
+                None,
+                [["kind", "gemm_1d2d"]],
+                {},
+                {**TIMED, "m": "128"},
+                {**TIMED, "m": True},
+                {**TIMED, "kind": ["gemm_1d2d"]},
+                {**TIMED, "lhs_dtype": {}},
+                {**TIMED, "config": ["m64n64 cluster 1x1"]},
+                {**TIMED, "config": None},
+                {**TIMED, "microseconds": "soon"},
+                {**TIMED, "another": 1},
+                {**TIMED, "num_sms": 1, "config": "m64n64 cluster 1x2"},
+            )
+        ),
+    ],
+    ids=lambda content: str(content)[:40],
+)
+def test_a_malformed_table_is_a_value_error_that_names_the_file(tmp_path, content):
+    path = tmp_path / "t.json"
+    text = content if isinstance(content, bytes | str) else json.dumps(content)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        jaxfp8.load_tuned(path)
+
+
+def test_the_written_table_keeps_its_mode_and_the_link_that_names_it(tmp_path):
+    real, link = tmp_path / "real.json", tmp_path / "link.json"
+    link.symlink_to(real)
+    mask = os.umask(0o027)
+    try:
+        configurations.write_table(link, {})
+    finally:
+        os.umask(mask)
+    assert link.is_symlink() and real.stat().st_mode & 0o777 == 0o640
+    real.chmod(0o604)
+    configurations.write_table(link, {})
+    assert link.is_symlink() and real.stat().st_mode & 0o777 == 0o604
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link.json", "real.json"]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,14 @@ from .. import _ffi
 from .._arrays.blocks import BLOCK, ceil_blocks
 from .._arrays.recipe import FP8_DTYPES
 from ..kernels import configurations
-from ..kernels.configurations import Product, add_table, read_table, recording, write_table
+from ..kernels.configurations import (
+    Product,
+    add_table,
+    cluster_size,
+    read_table,
+    recording,
+    write_table,
+)
 
 
 def products_of(function: Callable, *args: Any, **kwargs: Any) -> list[Product]:
@@ -107,10 +114,6 @@ def heuristic_config(product: Product, device_sms: int) -> str:
 def _allowed(product: Product, device_sms: int) -> list[str]:
     """Configurations whose cluster fits."""
     sms = min(product.num_sms or device_sms, device_sms)
-
-    def cluster_size(config):
-        return int(np.prod([int(x) for x in config.split()[-1].split("x")]))
-
     return [c for c in product.configs if cluster_size(c) <= sms]
 
 

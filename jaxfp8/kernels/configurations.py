@@ -11,7 +11,9 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -149,33 +151,55 @@ def _fail(path: Path, message: str):
 def read_table(path: Path) -> _Table:
     """The table in a file that `write_table` wrote."""
     try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # also of bytes that are no UTF-8
         raise ValueError(f"{path}: no JSON ({error})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         _fail(path, f'no table of configurations; allowed: an object with "format": {FORMAT}')
-    table: _Table = {}
-    for device, entries in content["devices"].items():
-        products = table.setdefault(device, {})
-        for entry in entries:
-            fields = dict(entry)
-            try:
-                config, microseconds = fields.pop("config"), float(fields.pop("microseconds"))
-                product = Product(**fields)
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}: {entry} is no entry ({error})") from error
-            if config not in product.configs:
-                _fail(
-                    path,
-                    f"{entry} names a configuration that this version of jaxfp8 does not have; tune the product again. "
-                    f"Allowed: {', '.join(product.configs)}",
-                )
-            products[product] = config, microseconds
-    return table
+    devices = content.get("devices")
+    if not isinstance(devices, dict) or not all(isinstance(e, list) for e in devices.values()):
+        _fail(path, '"devices" is no object of lists, one for each kind of device')
+    return {
+        device: dict(_read_entry(path, entry) for entry in entries)
+        for device, entries in devices.items()
+    }
+
+
+def _read_entry(path: Path, entry: Any) -> tuple[Product, tuple[str, float]]:
+    if not isinstance(entry, dict):
+        _fail(path, f"{entry!r} is no entry; allowed: an object")
+    fields = dict(entry)
+    try:
+        config, microseconds = fields.pop("config"), float(fields.pop("microseconds"))
+        product = Product(**fields)
+        known = config in product.configs
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {entry} is no entry ({error})") from error
+    if not known:
+        _fail(
+            path,
+            f"{entry} names a configuration that this version of jaxfp8 does not have; tune the product again. "
+            f"Allowed: {', '.join(product.configs)}",
+        )
+    if product.num_sms and cluster_size(config) > product.num_sms:
+        _fail(
+            path,
+            f"{entry} names a configuration that runs in clusters of {cluster_size(config)} multiprocessors; "
+            f"its num_sms is {product.num_sms}",
+        )
+    return product, (config, microseconds)
+
+
+def cluster_size(config: str) -> int:
+    """Multiprocessors of a cluster, by the configuration's name."""
+    return math.prod(map(int, config.split()[-1].split("x")))
 
 
 def write_table(path: Path, table: _Table) -> None:
-    """One entry a line, in a fixed order; the file is replaced as a whole."""
+    """One entry a line, in a fixed order; the file is replaced as a whole, with the mode that it had or a new file's.
+
+    Where `path` is a symbolic link, the file that it names is replaced.
+    """
 
     def entry(product, choice):
         fields = {
@@ -190,9 +214,19 @@ def write_table(path: Path, table: _Table) -> None:
         lines = ",\n   ".join(entry(p, table[device][p]) for p in sorted(table[device]))
         devices.append(f"  {json.dumps(device)}: [\n   {lines}\n  ]")
     text = f'{{\n "format": {FORMAT},\n "devices": {{\n' + ",\n".join(devices) + "\n }\n}\n"
+    path = path.resolve()
+    mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o666 & ~_umask()
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
         file.write(text)
+    os.chmod(file.name, mode)
     os.replace(file.name, path)
+
+
+def _umask() -> int:
+    """The process's; it can be read only by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 @functools.cache

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 import jaxfp8
+from jaxfp8.kernels import gemm
 from tests import kernel_cases as cases
 from tests import oracle
 from tests import oracle_quantize as oq
@@ -286,6 +288,42 @@ def test_a_donated_accumulator_is_updated_in_place():
     again = step(q, accum)
     assert again.unsafe_buffer_pointer() == address
     assert oracle.error(again, 2 * once) < 1e-6
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["barriers", "as exported before"])
+def test_stacked_accumulators(monkeypatch, fused):
+    """Slices of a stack, and a scan over it; without the barriers XLA forgets that accum is the result's buffer."""
+    if fused:
+        monkeypatch.setattr(gemm.lax, "optimization_barrier", lambda x: x)
+        monkeypatch.setattr(gemm, "once", lambda x: x)
+    block = (1, 128)
+    lhs = [jaxfp8.quantize(jax.random.normal(jax.random.key(i), (256, 512))) for i in range(4)]
+    rhs = jaxfp8.quantize(jax.random.normal(jax.random.key(9), (384, 512)))
+    data, scale = jnp.stack([q.data for q in lhs]), jnp.stack([q.scale for q in lhs])
+    stack = jax.random.normal(jax.random.key(7), (4, 256, 384))
+
+    def product(data, scale, accum):
+        return jaxfp8.wgrad_gemm(jaxfp8.QuantizedArray(data, scale, block), rhs, accum=accum)
+
+    def scan(data, scale, stack):
+        return lax.scan(lambda _, x: (None, product(*x)), None, (data, scale, stack))[1]
+
+    def carry(data, scale, stack):
+        return lax.scan(lambda c, x: (product(*x, c), None), stack[0], (data, scale))[0]
+
+    def one(data, scale, stack):
+        return product(data[1], scale[1], stack[2])
+
+    products = [np.asarray(jaxfp8.wgrad_gemm(q, rhs)) for q in lhs]
+    before = np.asarray(stack)
+    for function, want in (
+        (scan, before + np.stack(products)),
+        (carry, before[0] + sum(products)),
+        (one, before[2] + products[1]),
+    ):
+        got = jax.jit(lambda *args, function=function: function(*args))(data, scale, stack)
+        assert oracle.error(got, want) < 1e-6
+        np.testing.assert_array_equal(np.asarray(stack), before)  # not donated
 
 
 def test_grouped_products_in_a_scan_with_sizes_from_the_device():

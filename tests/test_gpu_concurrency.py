@@ -10,6 +10,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -162,3 +163,64 @@ def test_a_replayed_command_buffer_launches_no_kernel_of_its_own(tmp_path):
     on_host = [name for plane, _, name in events if "CPU" in plane]
     # A launch by the host is traced under its kernel's name.
     assert not [name for name in on_host if name.startswith(OURS)]
+
+
+FIRST_USE = """
+    import os
+    import jax, jax.numpy as jnp, numpy as np
+    import jaxfp8
+"""
+
+
+def run_alone(code, **options):
+    """In a process that has loaded no kernel yet."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(FIRST_USE) + textwrap.dedent(code)],
+        check=True, text=True, capture_output=True, timeout=240, cwd=ROOT,
+        env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}, **options,
+    ).stdout.split()  # fmt: skip
+
+
+def test_first_use_inside_a_capture():
+    """The first execution of the process's first program captures a command buffer: kernels are there before."""
+    out = run_alone(
+        f"""
+        x = jnp.ones((512, 512), jnp.bfloat16)
+        w = jnp.ones((512, 256), jnp.bfloat16) / 512
+        step = jax.jit(lambda x, w: jaxfp8.linear(jnp.tanh(x), w)).lower(x, w).compile(
+            compiler_options={{
+                "xla_gpu_enable_command_buffer": "{GRAPHS}", "xla_gpu_graph_min_graph_size": 1,
+            }}
+        )
+        for _ in range(4):
+            y = np.asarray(step(x, w), np.float32)
+            assert abs(y / np.tanh(1) - 1).max() < 0.05, y
+        print("right")
+        """
+    )
+    assert out == ["right"]
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two GPUs")
+def test_a_new_kernel_after_a_collective_on_two_gpus():
+    """One device is in a collective while its peer's thread comes to a kernel that is not loaded yet."""
+    out = run_alone(
+        """
+        from jax.sharding import NamedSharding, PartitionSpec as P
+        mesh = jax.make_mesh((2,), ("d",), devices=jax.devices()[:2])
+        put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+        x = put(jnp.ones((4096, 1024), jnp.bfloat16), P("d"))
+        def program(k):  # each width is another kernel
+            def body(x, w):
+                for _ in range(20):
+                    x = jax.lax.psum(x, "d") / 2
+                return jax.lax.psum(jaxfp8.linear(x, w), "d")
+            w = put(jnp.ones((1024, k), jnp.bfloat16) / 1024, P())
+            return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=(P("d"), P()), out_specs=P()))(x, w)
+        results = [program(k) for k in (16, 32, 64, 128, 192, 256, 1024, 4096)]  # none is awaited
+        for y in results:
+            assert abs(np.asarray(y, np.float32) - 2).max() < 0.1
+        print("right")
+        """
+    )
+    assert out == ["right"]

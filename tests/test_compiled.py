@@ -1,9 +1,12 @@
 """What XLA makes of our programs on one H200 and on many: compiled for them here, read, not run."""
 
+import collections
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 pytest.importorskip("jax_plugins.xla_cuda13", reason="pip install -e '.[compiled]'")
 
@@ -106,3 +109,74 @@ def test_no_fusion_takes_an_accumulating_call(accumulators):
         ]
         assert len(scheduled) == len(everywhere) > 0
         assert all("output_to_operand_aliasing={{}: (4, {})}" in i.attributes for i in scheduled)
+
+
+# ------------------------------------------------------------------------------------------------
+# Experts over many GPUs: what moves, and beside what
+# ------------------------------------------------------------------------------------------------
+
+
+def mixture_step(mesh, tokens, *, experts, chunks=1, gradients=True, **options):
+    """A mixture of `experts` a device, 1024 wide, top 8, of `tokens` a device: result, or loss and all gradients."""
+    axes = mesh.axis_names if len(mesh.axis_names) > 1 else mesh.axis_names[0]
+    width, hidden, choices = 1024, 512, 8
+
+    def layer(x, expert, gate, up, down):
+        rows, sizes, route = jaxfp8.dispatch(
+            x, expert, experts * mesh.size, axis_name=axes, **options
+        )
+        return jaxfp8.combine(jaxfp8.ragged_mlp(rows, up, down, sizes), gate, route)
+
+    def chunked(x, expert, gate, up, down):
+        parts = zip(*(jnp.split(v, chunks) for v in (x, expert, gate)), strict=True)
+        return jnp.concatenate([layer(*part, up, down) for part in parts])
+
+    spec = P(mesh.axis_names)
+    f = jax.shard_map(chunked, mesh=mesh, in_specs=spec, out_specs=spec)
+
+    def run(x, expert, gate, up, down):
+        def loss(x, gate, up, down):
+            return jnp.square(f(x, expert, gate, up, down).astype(jnp.float32)).sum()
+
+        return jax.value_and_grad(loss, (0, 1, 2, 3))(x, gate, up, down)
+
+    def of(dtype, rows, *shape):
+        where = jax.sharding.NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct((rows * mesh.size, *shape), dtype, sharding=where)
+
+    args = (
+        of(jnp.bfloat16, tokens, width),
+        of(jnp.int32, tokens, choices),
+        of(jnp.float32, tokens, choices),
+        of(jnp.bfloat16, experts, width, 2, hidden),
+        of(jnp.bfloat16, experts, hidden, width),
+    )
+    return jax.jit(run if gradients else f), args
+
+
+EXCHANGES = {  # mesh, hosts, options, tokens that a device receives of T = 256 a device; in one pass
+    "2": ({"gpu": 2}, 1, {}, 256),
+    "8": ({"gpu": 8}, 1, {}, 7 * 256),
+    "8, blocks": ({"gpu": 8}, 1, {"max_sent": 128}, 7 * 128),
+    "8x8": ({"node": 8, "gpu": 8}, 8, {"max_rows": 4096}, (7 + 7 * 8) * 256),
+    "8x8, blocks": ({"node": 8, "gpu": 8}, 8, {"max_sent": 128, "max_rows": 4096}, (7 + 7 * 8) * 128),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", EXCHANGES)
+def test_an_exchange_moves_what_the_guide_says_and_by_no_ragged_collective(case):
+    """docs/scaling.md: K + K/32 + 4k bytes there and 2K back, in each pass; gates there, and their gradient back."""
+    shape, hosts, options, received = EXCHANGES[case]
+    mesh = compiled.mesh(shape, hosts)
+    function, args = mixture_step(mesh, 256, experts=2, **options)
+    moved = compiled.compile_for(function, *args).collectives()
+    kinds = {c.kind for c in moved if c.moved > 1024}  # but for the loss, and counts
+    assert kinds == {"all-to-all"} | ({"all-gather"} if case != "8, blocks" else set())
+    width, choices = 1024, 8
+    by_dtype = collections.Counter()
+    for c in moved:
+        for a in c.arrays if c.kind in kinds else ():
+            by_dtype[a.dtype] += a.bytes * (c.devices - 1) // c.devices
+    assert by_dtype.pop("u8") == received * 2 * width
+    assert by_dtype.pop("bf16") == received * 2 * 2 * width
+    assert by_dtype.total() == received * (2 * 4 * width // 128 + 3 * 4 * choices)

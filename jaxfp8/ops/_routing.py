@@ -23,16 +23,14 @@ class Routing(NamedTuple):
 
     - `source`: int32 `(R,)`, the token of each row; T past the last group.
     - `copy`: int32 `(R,)`, token * k + choice of each row; `T * k` past the last group.
-    - `position`: int32 `(T, k)`, the row of each copy; R of one without a row.
+    - `position`: int32 `(T, k)`, the row of each copy; -1 of one for no expert, R of one that found no row among R.
     - `group_sizes`: int32 `(E,)`, rows of each expert; clipped to R in all.
-    - `lost`: bool `(T, k)`, copies for an expert that found no row among R.
     """
 
     source: jax.Array
     copy: jax.Array
     position: jax.Array
     group_sizes: jax.Array
-    lost: jax.Array
 
 
 def _earlier(counts):
@@ -80,10 +78,6 @@ def plan(expert, num_experts: int, rows: int | None = None) -> Routing:
     copy = jnp.full(rows, total, jnp.int32)
     place = jnp.where(kept, position, rows + number)
     copy = copy.at[place].set(number, mode="drop", unique_indices=True)
-    return Routing(
-        copy // choices,
-        copy,
-        jnp.where(kept, position, rows).reshape(expert.shape),
-        jnp.minimum(first + sizes, rows) - jnp.minimum(first, rows),
-        (inside & ~kept).reshape(expert.shape),
-    )
+    position = jnp.where(inside, jnp.minimum(position, rows), -1)
+    sizes = jnp.minimum(first + sizes, rows) - jnp.minimum(first, rows)
+    return Routing(copy // choices, copy, position.reshape(expert.shape), sizes)

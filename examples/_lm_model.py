@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -151,7 +152,7 @@ def mixture_of_experts(
 ) -> tuple[Array, Array]:
     """Each token through its two best experts.
 
-    The tokens, sorted by expert, are the groups of a ragged product: no capacity, no padding.
+    Experts take any number of tokens: no capacity, no padding.
     """
     batch, length, width = x.shape
     tokens = x.reshape(batch * length, width)
@@ -162,36 +163,16 @@ def mixture_of_experts(
     gate = gate / jnp.sum(gate, axis=-1, keepdims=True)
     counts = jnp.bincount(expert.reshape(-1), length=model.experts).astype(jnp.int32)
 
-    if parallel.expert > 1:  # to the devices of the experts and back
-        rows, group_sizes, route = products.dispatch(
-            tokens, expert, model.experts, axis_name="expert"
-        )
-        y = experts_of(rows, group_sizes, p, products, parallel)
-        y = jaxfp8.combine(y, gate, route)
-    else:
-        order = jnp.argsort(expert.reshape(-1), stable=True)
-        rows = permute(jnp.repeat(tokens, 2, axis=0), order)
-        y = experts_of(rows, counts, p, products, parallel)
-        y = permute(y, jnp.argsort(order)).reshape(batch * length, 2, width)
-        y = jnp.sum(y * gate[..., None], axis=1).astype(x.dtype)
+    with jax.named_scope("feed_forward"):
+        weights = (part_of(p, name, products, parallel) for name in ("gate_up", "down"))
+        axis_name = "expert" if parallel.expert > 1 else None
+        moe = functools.partial(products.moe, axis_name=axis_name)
+        y = by_parts(moe, tokens, expert, gate, *weights, parallel=parallel)
 
     # Load balance (Switch Transformer, arXiv 2101.03961, 2.2): 1 when every expert gets its share.
     share = parallel.mean(counts / expert.size)
     balance = model.experts * jnp.sum(share * parallel.mean(jnp.mean(probability, axis=0)))
     return y.reshape(x.shape), balance
-
-
-def experts_of(
-    rows: Array, group_sizes: Array, p: Params, products: Products, parallel: Parallel
-) -> Array:
-    """The SwiGLU of each group of rows, by its expert."""
-    with jax.named_scope("feed_forward"):
-        weights = (part_of(p, name, products, parallel) for name in ("gate_up", "down"))
-        return by_parts(products.ragged_mlp, rows, *weights, group_sizes, parallel=parallel)
-
-
-def permute(rows: Array, order: Array) -> Array:
-    return rows.at[order].get(unique_indices=True, mode="promise_in_bounds")
 
 
 def forward(

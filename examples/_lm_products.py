@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,18 +19,17 @@ class Products:
 
     linear:      x (..., K) bfloat16, w (K, N), dtype -> (..., N) of that dtype
     mlp:         SwiGLU: x (..., K) bfloat16, gate and up (K, 2, F), down (F, N), dtype -> (..., N)
-    ragged_mlp:  x (M, K) bfloat16, gate and up (G, K, 2, F), down (G, F, N), group_sizes int32
-                 (G,), dtype -> (M, N); a row goes through the SwiGLU of its group
+    moe:         x (T, K) bfloat16, each token's experts (T, k) and their gates (T, k), gate and up
+                 (G, K, 2, F), down (G, F, N), dtype -> (T, N): the gated sum of the SwiGLU of each
+                 token's experts; they live on the devices of the mesh axis `axis_name`, if given
     gather:      this device's part of a float32 weight, axis -> the whole weight, cut along that
                  axis over the mesh axis "data", for the products above (gate and up: (..., K, 2 F))
-    dispatch:    jaxfp8.dispatch, in the precision in which tokens travel
     """
 
     linear: Callable[..., Array]
     mlp: Callable[..., Array]
-    ragged_mlp: Callable[..., Array]
+    moe: Callable[..., Array]
     gather: Callable[[Array, int], Any]
-    dispatch: Callable[..., Any]
 
 
 def bf16_products() -> Products:
@@ -50,12 +48,20 @@ def bf16_products() -> Products:
         hidden = linear(x, gate_up.reshape(x.shape[-1], -1))
         return linear(swiglu(hidden), down, dtype)
 
-    def ragged_mlp(x, gate_up, down, sizes, dtype=jnp.bfloat16):
-        hidden = ragged_dot(x, gate_up.reshape(-1, x.shape[-1], 2 * down.shape[-2]), sizes)
-        return ragged_dot(swiglu(hidden), down, sizes, dtype)
+    def moe(x, expert, gate, gate_up, down, axis_name=None, dtype=jnp.bfloat16):
+        rows, sizes, route = jaxfp8.dispatch(
+            x, expert, num_experts(down, axis_name), axis_name=axis_name, quantized=False
+        )
+        hidden = ragged_dot(rows, gate_up.reshape(-1, x.shape[-1], 2 * down.shape[-2]), sizes)
+        y = ragged_dot(swiglu(hidden), down, sizes, dtype)
+        return jaxfp8.combine(y, gate, route)
 
-    dispatch = functools.partial(jaxfp8.dispatch, quantized=False)
-    return Products(linear, mlp, ragged_mlp, gather, dispatch)
+    return Products(linear, mlp, moe, gather)
+
+
+def num_experts(down: Any, axis_name: str | None) -> int:
+    """Of all devices, of which each has `down` of its own."""
+    return down.shape[0] * (1 if axis_name is None else jax.lax.axis_size(axis_name))
 
 
 def swiglu(gate_up: Array) -> Array:
@@ -74,10 +80,14 @@ def fp8_products(recipe: jaxfp8.Recipe) -> Products:
     def mlp(x, gate_up, down, dtype=jnp.bfloat16):
         return jaxfp8.mlp(x, gate_up, down, recipe=recipe, preferred_element_type=dtype)
 
-    def ragged_mlp(x, gate_up, down, sizes, dtype=jnp.bfloat16):
-        return jaxfp8.ragged_mlp(
-            x, gate_up, down, sizes, recipe=recipe, preferred_element_type=dtype
+    def moe(x, expert, gate, gate_up, down, axis_name=None, dtype=jnp.bfloat16):
+        options = {"recipe": recipe, "preferred_element_type": dtype}
+        if axis_name is None:
+            return jaxfp8.moe(x, expert, gate, gate_up, down, **options)
+        rows, sizes, route = jaxfp8.dispatch(
+            x, expert, num_experts(down, axis_name), axis_name=axis_name, recipe=recipe
         )
+        y = jaxfp8.ragged_mlp(rows, gate_up, down, sizes, **options)
+        return jaxfp8.combine(y, gate, route)
 
-    dispatch = functools.partial(jaxfp8.dispatch, recipe=recipe)
-    return Products(linear, mlp, ragged_mlp, gather, dispatch)
+    return Products(linear, mlp, moe, gather)

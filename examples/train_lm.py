@@ -9,7 +9,7 @@ The text is the Python source of the running interpreter's standard library, or 
 DIR, read byte by byte. Both
 models start from the same parameters and see the same batches. Only the products of the layers
 differ: jnp.dot and jax.lax.ragged_dot on bfloat16, or jaxfp8.linear, jaxfp8.mlp and
-jaxfp8.ragged_mlp, which quantize an activation where they compute it. As in DeepSeek-V3 (arXiv
+jaxfp8.moe, which quantize an activation where they compute it. As in DeepSeek-V3 (arXiv
 2412.19437, 3.3), embedding, head, router, norms and the products inside attention keep a high
 precision, and the master weights are float32.
 

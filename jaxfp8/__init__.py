@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from .ops.linear import linear as linear
     from .ops.mlp import mlp as mlp
     from .ops.mlp import ragged_mlp as ragged_mlp
+    from .ops.moe import moe as moe
     from .ops.prequantize import all_gather_weight as all_gather_weight
     from .ops.prequantize import prequantize as prequantize
     from .ops.ragged_dot import ragged_dot as ragged_dot
@@ -76,6 +77,7 @@ _MODULES = {
     "load_tuned": "kernels.configurations",
     "masked_grouped_gemm": "kernels.grouped_gemm",
     "mlp": "ops.mlp",
+    "moe": "ops.moe",
     "prequantize": "ops.prequantize",
     "products_of": "_tools.tune",
     "quantize": "kernels.quantize",

@@ -27,10 +27,13 @@ from ._primitives import operation as _operation
 from ._primitives.call import Call
 from ._primitives.operation import Operation
 from .kernels.activation import TWO
+from .kernels.gather import take_rows
 from .kernels.quantize import quantize, weight_kernel
 from .ops._dot import dot_operation, weight_dims
 from .ops._mlp_dense import mlp_operation
 from .ops._mlp_ragged import ragged_mlp_operation
+from .ops._moe import moe_operation
+from .ops._routing import plan
 from .ops.ragged_dot import ragged_operation
 
 __all__ = [
@@ -186,10 +189,17 @@ def _reference_dot(x, w, *quantized, call: Call):
 def _reference_ragged(x, w, sizes, *quantized, call: Call):
     dtype = jnp.result_type(x, w)
     product = functools.partial(lax.ragged_dot, preferred_element_type=jnp.float32)
-    # vmap puts its names in front, the last one first.
-    for name in reversed([d for d in call.outs[0] if d[0] == "v"]):
-        product = jax.vmap(product, [0 if name in dims else None for dims in call.ins[:3]])
-    return [product(x.astype(dtype), w.astype(dtype), sizes).astype(call.get("out_dtype"))]
+    # JAX maps a ragged_dot over the first axes of all operands, or not at all.
+    operands, dims_of = [x.astype(dtype), w.astype(dtype), sizes], call.ins[:3]
+    mapped = [d for d in call.outs[0] if d[0] == "v"]
+    shape = [call.sizes([x, w, sizes, *quantized])[d] for d in mapped]
+    for i, (operand, dims) in enumerate(zip(operands, dims_of, strict=True)):
+        missing = [at for at, d in enumerate(mapped) if d not in dims]
+        core = operand.shape[len(mapped) - len(missing) :]
+        operands[i] = jnp.broadcast_to(jnp.expand_dims(operand, missing), (*shape, *core))
+    for _ in mapped:
+        product = jax.vmap(product)
+    return [product(*operands).astype(call.get("out_dtype"))]
 
 
 _ACTIVATIONS: dict[str, Callable[..., Any]] = {
@@ -238,13 +248,31 @@ def _two_products(operation, arrays, call: Call):
     return multiply(a.astype(operands), w_down, rest[4:], call.get("out_dtype"), "w_down")
 
 
+def _mixture(operation, arrays, call: Call):
+    """moe by the two ragged products that it is made of, each of which is stood in for."""
+    x, w_up, w_down, expert, gate, *copies = arrays
+    _, up_dims, down_dims, _, _, *copy_dims = call.ins
+    routing = plan(expert, call.get("experts"), call.get("max_rows"))
+    ins = ("m", "k"), up_dims, down_dims, ("g",), *copy_dims
+    of_rows = Call(ins, (("m", "n"),), call.attributes)
+    (y,) = _two_products(
+        ragged_mlp_operation,
+        (take_rows(x, routing.source), w_up, w_down, routing.group_sizes, *copies),
+        of_rows.with_attribute("out_dtype", call.get("hidden_dtype")),
+    )
+    terms = take_rows(y.astype(jnp.float32), routing.position) * gate[..., None]
+    lost = (routing.position >= routing.source.size).any(1, keepdims=True)
+    total = jnp.where(lost, jnp.nan, terms.sum(1))
+    return [total.astype(call.get("out_dtype"))]
+
+
 def _require_known(operation: Operation) -> None:
     """An operation without a reference would stay in FP8 in what it is compared with."""
     if operation not in _REFERENCES:
         name = operation.primitive.name.removeprefix("jaxfp8_")
         raise NotImplementedError(
-            f"compare: loss_fn calls {name}; implemented: linear, dot_general, einsum, ragged_dot, mlp and ragged_mlp "
-            "(write it with these, or pass reference=)"
+            f"compare: loss_fn calls {name}; implemented: linear, dot_general, einsum, ragged_dot, mlp, ragged_mlp "
+            "and moe (write it with these, or pass reference=)"
         )
 
 
@@ -267,14 +295,18 @@ _REFERENCE_OPERATIONS = {
 }
 
 
-_MADE_OF_TWO = (mlp_operation, ragged_mlp_operation)
+_MADE_OF_TWO: dict[Operation, Callable[..., list]] = {
+    mlp_operation: _two_products,
+    ragged_mlp_operation: _two_products,
+    moe_operation: _mixture,
+}
 
 
 def _reference_stand_in(operation, arrays, call):
     if operation in _REFERENCE_OPERATIONS.values():
         return None
     if operation in _MADE_OF_TWO:
-        return _two_products(operation, arrays, call)
+        return _MADE_OF_TWO[operation](operation, arrays, call)
     if operation is weight_kernel:
         # Of a weight quantized ahead: its products read its value. What else reads the copies is seen to.
         types = operation.body.trace(*arrays, call=call).jaxpr.out_avals
@@ -299,7 +331,7 @@ class _Probe:
             self.sites[site] = self.sites[site][0], _shape(call, call.sizes(arrays))
             return None
         if operation in _MADE_OF_TWO:
-            return _two_products(operation, arrays, call)
+            return _MADE_OF_TWO[operation](operation, arrays, call)
         if operation not in _PROBED:  # its products count in the loss and the gradients alone
             return None
         operand = dict(call.attributes).get("operand")
@@ -525,9 +557,9 @@ def compare(
     """Compares a model's loss and gradients in FP8 with the same model's without FP8, and finds the layer that suffers.
 
     The reference is `loss_fn` itself with every product of `jaxfp8.linear`, `dot_general`, `einsum`, `ragged_dot`,
-    `mlp` and `ragged_mlp` (so those of `autocast` and of the framework integrations) computed in its operands' type,
-    bfloat16 or float32, and accumulated in float32. A third run computes each product both ways from the reference's
-    inputs: what it adds. An MLP is two products: by `w_up` and by `w_down`.
+    `mlp`, `ragged_mlp` and `moe` (so those of `autocast` and of the framework integrations) computed in its operands'
+    type, bfloat16 or float32, and accumulated in float32. A third run computes each product both ways from the
+    reference's inputs: what it adds. An MLP is two products, by `w_up` and by `w_down`; so is a mixture.
 
     **Arguments:**
 

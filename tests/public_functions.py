@@ -43,6 +43,11 @@ DIFFERENTIABLE = {
         jaxfp8.ragged_mlp, (("m", K), (GROUPS, K, 2, F), (GROUPS, F, N)), "sizes"
     ),
     "dispatch and combine": Function(_exchange, (("m", K), ("m", CHOICES)), "expert"),
+    "moe": Function(
+        lambda x, gate, up, down, expert: jaxfp8.moe(x, expert, gate, up, down),
+        (("m", K), ("m", CHOICES), (GROUPS, K, 2, F), (GROUPS, F, N)),
+        "expert",
+    ),
     "autocast": Function(
         lambda x, w, _: jaxfp8.autocast(
             lambda w, x: jnp.tanh(x @ w), policy=jaxfp8.AutocastPolicy(min_m=1, min_n=1)

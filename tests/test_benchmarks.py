@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -17,6 +18,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import counters  # noqa: E402
 import heuristic_check  # noqa: E402
+import moe  # noqa: E402
 import multi_gpu  # noqa: E402
 import multi_gpu_common  # noqa: E402
 import multi_gpu_step  # noqa: E402
@@ -214,3 +216,21 @@ def test_a_step_trains_one_model_with_every_variant(tmp_path):
         assert row["speedup_over_bf16"] == pytest.approx(results["bf16"]["ms"] / row["ms"]), name
     full, kept = results["bf16, remat full"], results["bf16"]
     assert full["peak_gib"] < kept["peak_gib"]
+
+
+def test_blocks_of_mixtures_are_measured_side_by_side(tmp_path):
+    moe.main([str(tmp_path), "--tiny"])
+    (path,) = tmp_path.iterdir()
+    (row,) = json.loads(path.read_text())["blocks"]
+    assert set(row["all_ms"]["train"]) == {"moe", "pieces", "bf16"}
+    assert row["bf16_ms"] == row["all_ms"]["train"]["bf16"] > 0
+    assert row["ms"] > 0 and row["products_ms"] is None  # no kernel ran
+
+
+def test_every_side_of_a_mixture_computes_the_same():
+    block = next(iter(moe.TINY.values()))
+    arrays = moe.operands(block)
+    exact = np.asarray(moe.by_sort(jax.lax.ragged_dot, *arrays), np.float32)
+    for side in (moe.moe, moe.pieces):
+        error = np.linalg.norm(np.asarray(side(*arrays), np.float32) - exact)
+        assert error < 0.08 * np.linalg.norm(exact)  # FP8

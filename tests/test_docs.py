@@ -142,7 +142,26 @@ def readme_space():
         "nnx_model": Model(nnx.Rngs(0)),
         "eqx_model": eqx.nn.MLP(128, 128, 128, 1, key=jax.random.key(0)),
         "num_experts": 8,
+        "router": jnp.full((1024, 8), 0.01, jnp.bfloat16),
+        "experts_up": jnp.full((8, 1024, 2, 128), 0.01),
+        "experts_down": jnp.full((8, 128, 1024), 0.01),
     }
+
+
+def test_the_mixture_of_the_guide_runs():
+    (code,) = code_blocks(ROOT / "docs/mixtures.md", "python")
+    space = {"jax": jax, "jnp": jnp, "jaxfp8": jaxfp8}
+    exec(compile(code, "mixtures.md", "exec"), space)
+    shapes = {
+        "router": (128, 16),
+        "up": (16, 128, 2, 128),
+        "down": (16, 128, 128),
+        "shared up": (128, 2, 128),
+        "shared down": (128, 128),
+    }
+    params = {name: jnp.full(shape, 0.1) for name, shape in shapes.items()}
+    y = space["layer"](jnp.ones((2, 8, 128), jnp.bfloat16), params)
+    assert (y.shape, y.dtype) == ((2, 8, 128), jnp.bfloat16)
 
 
 def test_the_examples_of_the_readme_run():

@@ -304,3 +304,33 @@ def test_every_activation_is_known_in_all_places_that_need_it():
     known = set(activation.ACTIVATIONS)
     for table in (activation._LINEAR, activation._CUBIC, jaxfp8.validate._ACTIVATIONS):
         assert set(table) == known
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["weights", "quantized ahead"])
+def test_a_mixture_is_compared_with_its_products_in_the_operands_type(ahead):
+    """By both of its ragged products; of tokens of which some have no expert, also under vmap."""
+    params = {"up": f32(1, 3, 128, 2, 128) / 12, "down": f32(2, 3, 128, 72) / 12}
+    params["gate"] = np.abs(f32(3, 96, 2))
+    expert = np.stack([np.arange(96) % 3, np.arange(96) % 4], 1)
+
+    def ours(params, x):
+        up, down = params["up"], params["down"]
+        if ahead:
+            up, down = jaxfp8.prequantize(up.reshape(3, 128, 256)), jaxfp8.prequantize(down)
+        parts = (v.reshape(2, 48, -1) for v in (x, jnp.asarray(expert), params["gate"]))
+        return jnp.mean(jax.vmap(lambda *a: jaxfp8.moe(*a, up, down))(*parts) ** 2)
+
+    def plain(params, x):
+        h = jnp.einsum("tk,gkhf->gthf", x, params["up"])
+        each = jnp.einsum("gtf,gfn->gtn", jax.nn.silu(h[:, :, 0]) * h[:, :, 1], params["down"])
+        weight = (params["gate"][..., None] * (expert[..., None] == np.arange(3))).sum(1)
+        return jnp.mean(jnp.einsum("tg,gtn->tn", weight, each) ** 2)
+
+    x = f32(4, 96, 128)
+    found = jaxfp8.validate.compare(ours, params, x)
+    assert [p.shape[1:] for p in found.products] == [(128, 256), (128, 72)]
+    assert all(SEPARATE[0] < p.forward < SEPARATE[1] for p in found.products)
+    want, grads = jax.value_and_grad(plain)(params, x)
+    np.testing.assert_allclose(found.reference_loss, want, rtol=1e-4)
+    for g, like in zip(found.gradients, jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(g.reference_norm, np.linalg.norm(like), rtol=1e-3)

@@ -97,7 +97,7 @@ def activate_weighted_grad(x, dy, weight, activation):
     products = dy * activate(x, activation)
     f = products.shape[-1]
     products = jnp.pad(products, [(0, 0)] * (products.ndim - 1) + [(0, -f % BLOCK)])
-    dweight = products.reshape(*products.shape[:-1], -1, BLOCK).sum(-1)
+    dweight = products.reshape(*products.shape[:-1], ceil_blocks(f), BLOCK).sum(-1)
     return activate_grad(x, dy * weight[..., None], activation), dweight
 
 

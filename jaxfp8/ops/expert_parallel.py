@@ -75,8 +75,10 @@ class Route:
 def _route(exchange: Exchange, rows: Routing, shape, recipe) -> Route:
     choices = shape[1]
     source = exchange.present(rows.source)
-    position, lost = exchange.by_presence(rows.position), exchange.by_presence(rows.lost)
-    overflow = exchange.overflow + jnp.sum(rows.lost, dtype=jnp.int32)
+    position, none = exchange.by_presence(rows.position), rows.source.size
+    lost = position >= none
+    position = jnp.where(position < 0, none, position)  # of no expert here
+    overflow = exchange.overflow + jnp.sum(lost, dtype=jnp.int32)
     copy = source * choices + rows.copy % choices
     return Route(exchange, source, copy, position, lost.any(1), overflow, shape, recipe)
 

@@ -32,7 +32,7 @@ from ._mlp_ragged import ragged_mlp_operation
 from ._mlp_weights import both_quantized, quantized_up_dims
 
 
-def _check(function, x, w_up, w_down, activation, preferred_element_type, recipe, groups=""):
+def check_mlp(function, x, w_up, w_down, activation, preferred_element_type, recipe, groups=""):
     """x, both weights with F padded to whole blocks, their quantized copies, dimensions and attributes of the call."""
     if activation not in ACTIVATIONS:
         allowed, product = ", ".join(map(repr, ACTIVATIONS)), "ragged_dot" if groups else "linear"
@@ -121,7 +121,7 @@ def mlp(
     **Raises:** TypeError or ValueError for operands that do not fit.
     """
     recipe = current_recipe("mlp", recipe)
-    x, w_up, w_down, quantized, (up_dims, down_dims, copies), attributes = _check(
+    x, w_up, w_down, quantized, (up_dims, down_dims, copies), attributes = check_mlp(
         "mlp", x, w_up, w_down, activation, preferred_element_type, recipe
     )
     spec = out_spec("mlp", out_sharding, x.ndim)
@@ -168,7 +168,7 @@ def ragged_mlp(
     """
     function = "ragged_mlp"
     recipe = current_recipe(function, recipe)
-    x, w_up, w_down, quantized, (up_dims, down_dims, copies), attributes = _check(
+    x, w_up, w_down, quantized, (up_dims, down_dims, copies), attributes = check_mlp(
         function, x, w_up, w_down, activation, preferred_element_type, recipe, "G, "
     )
     sizes = checks.group_sizes(function, "group_sizes", group_sizes)

@@ -1,0 +1,220 @@
+"""moe: a mixture of experts from the router's choice to the output, in FP8 all the way.
+
+    rows of x            gathered in order of expert and quantized in one pass: no copy in high precision exists
+    h  = rows . w_up                          of each row's expert, bfloat16 or float32
+    z  = quantize(gate * a(h))                the gate multiplies in float32, before the only rounding
+    y  = sum of a token's rows of z . w_down  in the order of its choices, float32
+
+    rows of dy           gathered and quantized likewise, without gates
+    dz = rows . w_down^T
+    dh = quantize(gate * a'(h) dz), dgate = dz . a(h)         one kernel
+    dx = sum of a token's rows of dh . w_up^T
+    dw_down = columns(gate * a(h)) . columns(dy), dw_up = columns(x) . columns(dh)
+
+DeepSeek-V3's recipe (arXiv 2412.19437, section 3.3) as `ragged_mlp` has it. The gate is inside the quantized rows,
+where a block's scale takes it up, so the second product gives rows that only need to be added, and nothing of the size
+of the output's rows is kept for the gates' gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from .._arrays.blocks import ROW
+from .._arrays.recipe import Recipe, forward_format, gradient_format
+from .._primitives.call import Call
+from .._primitives.leaf import once
+from .._primitives.mesh import is_explicit, like_primal
+from .._primitives.once import differentiable_once
+from .._primitives.operation import Operation
+from ..kernels import activation as act
+from ..kernels import gather
+from ..kernels.gated import gated_grouped_kernel, gated_grouped_wgrad_kernel
+from ..kernels.gather import take_rows
+from ..kernels.grouped_gemm import grouped_kernel, grouped_product, grouped_wgrad_kernel
+from ..kernels.named import Named
+from ..kernels.sum_rows import sum_rows
+from ._mlp_weights import load_weights, quantize_weights, weight_operands
+from ._residuals import PRE_ACTIVATION_NAME, RESIDUAL_NAME, load, save
+from ._routing import plan
+
+# Dimensions: s tokens with j choices each, m rows in g groups, t the group-padded token axis; k, f, n as in mlp.
+SIZES, ROWS, POSITION = ("g",), ("m",), ("s", "j")
+
+
+class _Rows(NamedTuple):
+    """Where each row comes from and goes to, and its gate."""
+
+    source: jax.Array
+    position: jax.Array
+    sizes: jax.Array
+    gate: jax.Array  # float32 (m,)
+
+
+def _hidden_dims(call: Call):
+    up_dims = call.ins[1]
+    return ("m", *up_dims[up_dims.index("k") + 1 :])
+
+
+def _plan(expert, gate, call: Call) -> _Rows:
+    routing = plan(expert, call.get("experts"), call.get("max_rows"))
+    gates = take_rows(gate.reshape(-1).astype(jnp.float32), routing.copy)
+    return _Rows(routing.source, routing.position, routing.group_sizes, gates)
+
+
+def _multiply(call: Call, sizes):
+    num_sms = call.get("recipe").num_sms
+    return functools.partial(grouped_product, sizes=sizes, sizes_dims=SIZES, num_sms=num_sms)
+
+
+def _result(rows: Named, down_nt, at: _Rows, call: Call):
+    dtype = call.get("hidden_dtype")
+    y = _multiply(call, at.sizes)(grouped_kernel, rows, down_nt, out=("m", "n"), out_dtype=dtype)
+    return [once(sum_rows(y, ("m", "n"), at.position, POSITION, call.get("out_dtype")))]
+
+
+def _hidden(x_rows, up_nt, at: _Rows, call: Call):
+    dims, dtype = _hidden_dims(call), call.get("hidden_dtype")
+    multiply = _multiply(call, at.sizes)
+    return once(multiply(gated_grouped_kernel, x_rows, up_nt, out=dims, out_dtype=dtype))
+
+
+def _body(x, w_up, w_down, expert, gate, *quantized, call: Call):
+    fmt = forward_format(call.get("recipe"))
+    up_nt, _, down_nt, _ = quantize_weights(w_up, w_down, quantized, call)
+    at = _plan(expert, gate, call)
+    x_rows = gather.rows(x, ("s", "k"), at.source, ROWS, fmt)
+    h = _hidden(x_rows, up_nt, at, call)
+    rows = act.weighted_activation_rows(
+        h, _hidden_dims(call), at.gate, ROWS, fmt, call.get("activation")
+    )
+    return _result(rows, down_nt, at, call)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _moe(call: Call, types, x, w_up, w_down, expert, gate, *quantized):
+    return _body(x, w_up, w_down, expert, gate, *quantized, call=call)
+
+
+def _fwd(call: Call, types, x, w_up, w_down, expert, gate, *quantized):
+    fmt = forward_format(call.get("recipe"))
+    up_nt, up_nn, down_nt, down_nn = quantize_weights(w_up, w_down, quantized, call)
+    at = _plan(expert, gate, call)
+    at = _Rows(*(checkpoint_name(v, RESIDUAL_NAME) for v in at))
+    x_rows, x_columns = gather.rows_and_columns(
+        x, ("s", "k"), at.source, ROWS, at.sizes, SIZES, fmt
+    )
+    h = checkpoint_name(_hidden(x_rows, up_nt, at, call), PRE_ACTIVATION_NAME)
+    rows, columns = act.ragged_weighted_activation(
+        h, _hidden_dims(call), at.gate, ROWS, at.sizes, SIZES, fmt, call.get("activation")
+    )
+    weights = (save(w, named=not quantized) for w in (up_nn, down_nn))
+    residuals = *weights, save(x_columns), save(columns), h, at
+    return _result(rows, down_nt, at, call), residuals
+
+
+def _bwd(call: Call, types, residuals, cotangents):
+    up_dims, down_dims = call.ins[1:3]
+    recipe: Recipe = call.get("recipe")
+    forward, gradient = forward_format(recipe), gradient_format(recipe)
+    (x_type, up_type, down_type, _, gate_type, *quantized), (dy,) = types, cotangents
+    saved_up, saved_down, saved_x, saved_columns, h, at = residuals
+    up_nn, down_nn = load_weights(saved_up, saved_down, quantized, call)
+    hidden = call.get("hidden_dtype")
+    multiply = _multiply(call, at.sizes)
+
+    def saved_tokens(saved, dim):
+        return load(saved, forward.dtype, (dim, "t"), (dim, "t/"), ROW)
+
+    dy_rows, dy_columns = gather.rows_and_columns(
+        dy, ("s", "n"), at.source, ROWS, at.sizes, SIZES, gradient
+    )
+    dz = multiply(grouped_kernel, dy_rows, down_nn, out=("m", "f"), out_dtype=hidden)
+    dw_down = multiply(
+        grouped_wgrad_kernel,
+        saved_tokens(saved_columns, "f"),
+        dy_columns,
+        out=down_dims,
+        out_dtype=down_type.dtype,
+    )
+    dh_rows, dh_columns, dgate = act.ragged_weighted_activation_grad(
+        h,
+        _hidden_dims(call),
+        dz,
+        ("m", "f"),
+        at.gate,
+        ROWS,
+        at.sizes,
+        SIZES,
+        gradient,
+        call.get("activation"),
+    )
+    dx = multiply(gated_grouped_kernel, dh_rows, up_nn, out=("m", "k"), out_dtype=hidden)
+    # A copy that found no row has no gradient; its token is NaN already.
+    position = jnp.where(at.position < at.source.size, at.position, -1)
+    dx = sum_rows(dx, ("m", "k"), position, POSITION, x_type.dtype)
+    dw_up = multiply(
+        gated_grouped_wgrad_kernel,
+        saved_tokens(saved_x, "k"),
+        dh_columns,
+        out=up_dims,
+        out_dtype=up_type.dtype,
+    )
+    dgate = take_rows(dgate, position.reshape(-1)).reshape(position.shape)
+    return (
+        like_primal(dx, x_type),
+        like_primal(dw_up, up_type),
+        like_primal(dw_down, down_type),
+        None,
+        like_primal(dgate.astype(gate_type.dtype), gate_type),
+        *(None for _ in quantized),
+    )
+
+
+_moe.defvjp(*differentiable_once("moe", _fwd, _bwd))
+
+
+def whole(x):
+    """x on all devices of an explicit mesh: rows of any token may be needed anywhere."""
+    if not is_explicit(jax.typeof(x)):
+        return x
+    return jax.sharding.reshard(x, jax.sharding.PartitionSpec(*[None] * x.ndim))
+
+
+class _MoeOperation(Operation):
+    """vmap makes one larger mixture: of more tokens, and where it maps weights, of more experts."""
+
+    def _batch(self, arrays, axes, *, call, jaxpr):
+        size = next(x.shape[a] for x, a in zip(arrays, axes, strict=True) if a is not None)
+        mapped_weights = any(a is not None for a in (*axes[1:3], *axes[5:]))
+        folded = []
+        for i, (x, axis) in enumerate(zip(arrays, axes, strict=True)):
+            if i not in (0, 3, 4) and not mapped_weights:
+                folded.append(x)
+                continue
+            x = jnp.moveaxis(x, axis, 0) if axis is not None else x
+            x = whole(x if axis is not None else jnp.broadcast_to(x, (size, *x.shape)))
+            if i == 3 and mapped_weights:
+                experts = call.get("experts")
+                first = experts * jnp.arange(size, dtype=jnp.int32)[:, None, None]
+                x = jnp.where((x >= 0) & (x < experts), x.astype(jnp.int32) + first, -1)
+            folded.append(x.reshape(size * x.shape[1], *x.shape[2:]))
+        if mapped_weights:
+            call = call.with_attribute("experts", size * call.get("experts"))
+        if call.get("max_rows") is not None:
+            call = call.with_attribute("max_rows", size * call.get("max_rows"))
+        (y,) = self(*folded, call=call)
+        return [y.reshape(size, y.shape[0] // size, *y.shape[1:])], [0]
+
+
+moe_operation = _MoeOperation(
+    "jaxfp8_moe",
+    _body,
+    together=weight_operands(5),
+    derivative=lambda call, *arrays: _moe(call, tuple(map(jax.typeof, arrays)), *arrays),
+)

@@ -291,3 +291,26 @@ def test_refuses():
         explain(jnp.dot, x, x, device_kind="b200")
     with pytest.raises(ValueError, match="gradient is 2; allowed: True, False, None, or positions"):
         explain(jnp.dot, x, x, gradient=2)
+
+
+def by_hand(x, expert, gate, w):
+    order = jnp.argsort(expert.reshape(-1))
+    sizes = jnp.bincount(expert.reshape(-1), length=w.shape[0])
+    y = jax.lax.ragged_dot(x[order // 2], w, sizes.astype(jnp.int32))
+    return jnp.sum(y[jnp.argsort(order)].reshape(*expert.shape, -1) * gate[..., None], 1)
+
+
+def test_a_mixture_by_hand_is_told_of_moe():
+    """With and without autocast; not rows that come in order, and not moe itself."""
+    x, w = jnp.ones((256, 128), jnp.bfloat16), jnp.ones((4, 128, 128), jnp.bfloat16)
+    expert, gate = jnp.zeros((256, 2), jnp.int32), jnp.ones((256, 2), jnp.bfloat16)
+
+    def told(f, *arguments):
+        notes = jaxfp8.explain(f, *arguments).notes
+        return any("jaxfp8.moe" in note for note in notes)
+
+    assert told(by_hand, x, expert, gate, w)
+    assert told(jaxfp8.autocast(by_hand), x, expert, gate, w)
+    assert not told(jaxfp8.autocast(jax.lax.ragged_dot), x, w, jnp.full(4, 64))
+    up = jnp.ones((4, 128, 2, 128), jnp.bfloat16)
+    assert not told(lambda x, gate, up, w: jaxfp8.moe(x, expert, gate, up, w), x, gate, up, w)

@@ -16,6 +16,7 @@ import jaxfp8
 from jaxfp8 import _ffi
 from jaxfp8._cli import bench, doctor, main
 from jaxfp8._cli.models import MODELS
+from jaxfp8._cli.shapes import parse_shapes
 from jaxfp8._tools.roofline import DEVICES, device, memory
 
 
@@ -154,14 +155,41 @@ def test_roofline():
     assert "4 groups" in run("roofline", "1024", "256", "256", "--groups", "4", "--ragged")
 
 
+@pytest.mark.parametrize("command", ["roofline", "memory"])
+def test_a_shape_is_spelled_with_spaces_or_with_x(command):
+    """Of ragged groups too, as by the options."""
+    assert run(command, "512x256x384") == run(command, "512", "256", "384")
+    by_option = run(command, "512x256x384", "--groups", "4", "--ragged")
+    assert run(command, "512x256x384/4") == by_option
+
+
+def test_bench_and_tune_take_every_spelling():
+    by_word, by_x = (
+        parse_shapes(words) for words in (("1", "2", "3", "4x5x6/7"), ("1x2x3", "4x5x6/7"))
+    )
+    assert by_word == by_x
+    assert [s[1:] for s in by_x] == [(1, 2, 3, 0), (4, 5, 6, 7)]
+
+
+def test_the_roofline_fits_80_columns():
+    """No cell is cut or empty: names, kernels and figures are all there."""
+    for size in (("64", "128", "256"), ("65536", "28672", "16384")):
+        text = run("--width", "80", "roofline", *size, "--device", "h100")
+        assert max(map(len, text.splitlines())) <= 80 and "…" not in text
+        for whole in ("weight gradient", "gemm_1d1d", "cluster", "bound by", "ratio"):
+            assert whole in text, whole
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("roofline", "0", "1", "1"), "0 is not in the range x>=1"),
-        (("roofline", "1", "1"), "Missing argument 'K'"),
+        (("roofline", "0", "1", "1"), "'0x1x1' is no shape; allowed: M N K, MxNxK"),
+        (("roofline", "1", "1"), "'1x1' is no shape; allowed: M N K, MxNxK"),
         (("roofline", "1", "1", "1", "--device", "b200"), "device is 'b200'; allowed: h100"),
-        (("memory", "1", "1", "x"), "'x' is not a valid integer"),
-        (("bench", "12x12"), "'12x12' is no shape; allowed: MxNxK"),
+        (("memory", "1", "1", "x"), "'1x1xx' is no shape"),
+        (("bench", "12x12"), "'12x12' is no shape; allowed: M N K, MxNxK"),
+        (("roofline", "1x1x1", "2x2x2"), "2 shapes are given; allowed: one"),
+        (("memory", "8x1x1/4", "--groups", "2"), "--groups is 2, but the shape is 8x1x1/4"),
         (("bench", "0x1x1"), "'0x1x1' is no shape"),
         (("bench", "1x1x1", "--model", "llama-3-8b"), "give SHAPES or --model, not both"),
         (("bench", "--tokens", "4"), "--tokens goes with --model"),
@@ -309,7 +337,6 @@ def test_bench_of_a_model_has_its_layer_at_the_tokens_asked_for(monkeypatch):
     asked.clear()
     run("bench")
     assert asked == bench.SMALL_SHAPES
-    assert bench.ShapeType().convert(asked[0], None, None) is asked[0]  # what click converted once
 
 
 def smi(directory, monkeypatch, clocks, users, status=0):

@@ -191,18 +191,10 @@ class Planner:
             if weight is None and backward and not any(dims.batch):
                 role = "weight gradient"
 
-        a, w = (1, 0) if weight == "lhs" else (0, 1)
-        sides = (lhs, rhs)
-        sizes = {
-            "batch": size_over(lhs, dims.batch[0]),
-            "m": size_over(sides[a], dims.free[a]),
-            "n": size_over(sides[w], dims.free[w]),
-            "k": size_over(lhs, dims.contract[0]),
-        }
-        if ragged:
-            sizes["batch"] = eqn.invars[2].aval.shape[-1]
-            if role != "weight gradient" and found is not None:
-                sizes["n"] = rhs.aval.shape[3 - dims.contract[1][0]]
+        w = 0 if weight == "lhs" else 1
+        sizes = _sizes(eqn, dims, w)
+        if ragged and role != "weight gradient" and found is not None:
+            sizes["n"] = rhs.aval.shape[3 - dims.contract[1][0]]
         product = Candidate(
             kind="ragged_dot" if ragged else "dot_general",
             scope=scope,
@@ -229,12 +221,17 @@ class Planner:
         )
         reason = self.judge(product, facts)
         if weight is not None:
-            if reason and (facts.one_hot or facts.table or facts.logits or facts.of_excluded):
-                known.excluded |= operands[w].leaves - known.varying
-            if not known.given and not any(varies) and not reason.startswith("size"):
-                known.learn(operands[a], operands[w])
-            known.weights |= operands[w].leaves
+            self._learn(operands[1 - w], operands[w], facts, reason, any(varies))
         return dataclasses.replace(product, reason=reason)
+
+    def _learn(self, activation, weight, facts: Facts, reason: str, varies: bool) -> None:
+        """Keeps what a judged product says of its operands' origins."""
+        known = self.knowledge
+        if reason and (facts.one_hot or facts.table or facts.logits or facts.of_excluded):
+            known.excluded |= weight.leaves - known.varying
+        if not known.given and not varies and not reason.startswith("size"):
+            known.learn(activation, weight)
+        known.weights |= weight.leaves
 
     def _weight(self, origins, varies, dims, backward) -> Side | None:
         if self.weight != "infer" and not (backward and all(varies)):
@@ -288,3 +285,15 @@ class Planner:
                 if not leaves.isdisjoint(excluded) and leaves <= self.knowledge.weights:
                     return True
         return False
+
+
+def _sizes(eqn, dims: Dims, w: int) -> dict[str, Any]:
+    """Batch (or groups), m, n and k of a product whose weight is operand `w`."""
+    sides = lhs, _ = eqn.invars[:2]
+    ragged = eqn.primitive.name == "ragged_dot_general"
+    return {
+        "batch": eqn.invars[2].aval.shape[-1] if ragged else size_over(lhs, dims.batch[0]),
+        "m": size_over(sides[1 - w], dims.free[1 - w]),
+        "n": size_over(sides[w], dims.free[w]),
+        "k": size_over(lhs, dims.contract[0]),
+    }

@@ -61,19 +61,6 @@ def _printing(ctx: Any, svg: pathlib.Path | None, width: int | None) -> Iterator
         console.save_svg(str(svg), title=title)
 
 
-def product_arguments(command: Any) -> Any:
-    """The sizes of a product."""
-    positive = click.IntRange(1)
-    for name in ("k", "n", "m"):
-        command = click.argument(name, type=positive, metavar=name.upper())(command)
-    command = click.option(
-        "--groups", type=positive, default=1, show_default=True, help="Products, or ragged groups."
-    )(command)
-    return click.option("--ragged", is_flag=True, help="M rows in ragged groups (ragged_dot).")(
-        command
-    )
-
-
 def device_option(command: Any) -> Any:
     """A device kind to plan for."""
     return click.option(

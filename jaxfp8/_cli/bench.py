@@ -20,6 +20,7 @@ from rich.table import Table
 
 from .._tools.explanation import readable_time
 from .models import MODELS, Shape
+from .shapes import shapes_argument
 
 
 class Measured(NamedTuple):
@@ -37,23 +38,6 @@ class Measured(NamedTuple):
         return self.bf16 / self.fp8
 
 
-class ShapeType(click.ParamType):
-    """`4096x7168x2048` or `16384x4096x2048/8`."""
-
-    name = "MxNxK[/G]"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> Shape:
-        if isinstance(value, Shape):
-            return value
-        found = re.fullmatch(r"(\d+)x(\d+)x(\d+)(?:/(\d+))?", value)
-        sizes = [int(v) for v in found.groups() if v] if found else [0]
-        if 0 in sizes:
-            self.fail(
-                f"{value!r} is no shape; allowed: MxNxK, or MxNxK/G for G ragged groups", param, ctx
-            )
-        return Shape(value, *sizes)
-
-
 DEFAULT_SHAPES = [
     Shape(f"{m}x{n}x{k}", m, n, k) for m, n, k in ((8192, 4096, 4096), (4096, 7168, 2048))
 ]
@@ -62,7 +46,7 @@ SMALL_SHAPES = [Shape(f"{m}x{n}x{k}", m, n, k) for m, n, k in ((256, 512, 512), 
 
 
 @click.command("bench")
-@click.argument("shapes", nargs=-1, type=ShapeType())
+@shapes_argument
 @click.option("--model", type=click.Choice(sorted(MODELS)), help="One layer of a model.")
 @click.option(
     "--tokens",

@@ -7,17 +7,20 @@ from rich.console import Console
 from rich.table import Table
 
 from .._tools.roofline import memory
-from . import product_arguments
+from .models import Shape
+from .shapes import grouped, product_arguments
 
 
 @click.command("memory")
 @product_arguments
 @click.pass_obj
-def command(console: Console, m: int, n: int, k: int, groups: int, ragged: bool) -> None:
+def command(console: Console, shape: Shape, groups: int | None, ragged: bool) -> None:
     """Bytes of (M, K) . (K, N): operands, scales, result, workspace, and what training keeps.
 
     The FP8 copies come on top of the high-precision arrays that they are made from, for as long as those live.
     """
+    m, n, k = shape.m, shape.n, shape.k
+    groups, ragged = grouped(shape, groups, ragged)
     sizes = memory(m, n, k, groups, ragged=ragged)
     title = f"{m} x {n} x {k}" + (
         f", {groups} {'ragged ' if ragged else ''}groups" if groups > 1 else ""

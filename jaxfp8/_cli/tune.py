@@ -10,12 +10,13 @@ from rich.progress import Progress
 from rich.table import Table
 
 from .._tools.explanation import readable_time
-from .bench import ShapeType, operands, trained
+from .bench import operands, trained
 from .models import MODELS, Shape
+from .shapes import shapes_argument
 
 
 @click.command("tune")
-@click.argument("shapes", nargs=-1, type=ShapeType())
+@shapes_argument
 @click.option("--model", type=click.Choice(sorted(MODELS)), help="One layer of a model.")
 @click.option(
     "--tokens",

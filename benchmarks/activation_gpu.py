@@ -11,7 +11,6 @@ ml_dtypes. Writes activation-<device>-<date>.json into benchmarks/results.
 import argparse
 import datetime
 import itertools
-import json
 import math
 import pathlib
 import sys
@@ -210,10 +209,7 @@ def main():
         for case in TIMED:
             report["timings"].append(time_kernel(modules, *case, copies))
             quantizers.print_row(report["timings"][-1])
-    directory = pathlib.Path(arguments.results)
-    directory.mkdir(parents=True, exist_ok=True)
-    name = f"activation-{device.replace(' ', '-')}-{report['date']}.json"
-    (directory / name).write_text(json.dumps(report, indent=1) + "\n")
+    quantizers.write(report, "activation", arguments.results)
 
 
 if __name__ == "__main__":

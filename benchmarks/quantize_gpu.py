@@ -303,6 +303,14 @@ def print_row(row):
     )
 
 
+def write(report, what, directory):
+    """The report as a file of results, named by what was measured, where and when."""
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    name = f"{what}-{report['device'].replace(' ', '-')}-{report['date']}.json"
+    (directory / name).write_text(json.dumps(report, indent=1) + "\n")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cubins", help="folder of compiled kernels; built when missing")
@@ -326,10 +334,7 @@ def main():
         if not arguments.time_only:
             report["bit_equal_cases"] = check_all(modules)
             print(f"{report['bit_equal_cases']} cases equal the oracle bit for bit")
-    directory = pathlib.Path(arguments.results)
-    directory.mkdir(parents=True, exist_ok=True)
-    name = f"quantize-{device.replace(' ', '-')}-{report['date']}.json"
-    (directory / name).write_text(json.dumps(report, indent=1) + "\n")
+    write(report, "quantize", arguments.results)
 
 
 if __name__ == "__main__":

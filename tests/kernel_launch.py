@@ -122,6 +122,23 @@ def assert_same_bytes(got: Sequence[np.ndarray], want: Sequence[np.ndarray]):
         assert not wrong.size, f"output {i}: {wrong.size} of {a.size} bytes, first {wrong[0]}"
 
 
+FORMATS = [(source, target) for source in (BF16, F16, F32) for target in (E4M3, E5M2)]
+"""Of the quantizing kernels: input and result."""
+
+# Sizes of groups, and rows of the array that they are of.
+GROUPS = {
+    "one block": ([128], 128),
+    "around a block": ([0, 127, 128, 129, 1], 400),
+    "one group": ([60], 60),
+    "all empty": ([0, 0], 30),
+    "fewer than the rows": ([10, 0, 20], 300),
+    "more than the rows": ([70, 70, 70], 100),
+    "negative and huge": ([-5, 50, 2**31 - 1, 7], 100),
+    "all huge": ([2**31 - 1] * 34, 20),
+    "more than lanes": ([3, 0] * 17, 60),
+}
+
+
 # ---- Quantizations
 
 DENSE_QUANTIZERS = ("rows", "columns", "both", "blocks", "weight")

@@ -9,6 +9,9 @@ from tests.representatives import mark_the_rest
 
 
 def pytest_configure(config):
+    if hasattr(config, "workerinput") and config.pluginmanager.hasplugin("hypothesispytest"):
+        # Else its plugin imports it as a worker ends, whom execnet interrupts after 5 s, with a traceback.
+        import hypothesis  # noqa: F401
     flags = "--xla_force_host_platform_device_count=8"
     if config.option.markexpr != "gpu":  # there XLA compiles as for a user
         flags += f" {QUICK_FLAGS}"

@@ -65,17 +65,20 @@ class Call:
         shapes = [f"{NAMES[a.memory.dtype]}{list(a.dims)}" for a in self.operands]
         return f"{self.target}({', '.join(shapes)}, {self.attributes}) {self.text}"
 
-    def run(self, stream: int = 0) -> list[np.ndarray]:
+    def run(self, stream: int = 0, *, beside: bool = False) -> list[np.ndarray]:
         """The results that the emulated platform gives, as they lie in memory.
 
-        A stream's calls go to the CUDA platform's handlers, those of none to the CPU platform's.
+        A stream's calls go to the CUDA platform's handlers, those of none to the CPU platform's. `beside`: the
+        accumulator is another buffer than the result's, and stays as it is.
 
         Raises:
             RuntimeError: the handler's error.
         """
         results = [Array(aligned(np.zeros(dims, dtype)), dims) for dtype, dims in self.results]
         operands = list(self.operands)
-        if self.accum is not None:
+        if self.accum is not None and beside:
+            operands.append(Array(aligned(self.accum), results[0].dims))
+        elif self.accum is not None:
             results[0].memory[...] = self.accum
             operands.append(results[0])
         attributes = {
@@ -91,6 +94,8 @@ class Call:
         error = frame.call(self.target, "CUDA" if stream else "cpu")
         if error is not None:
             raise RuntimeError(f"{self}: {error.message}")
+        if beside:
+            np.testing.assert_array_equal(operands[-1].memory, self.accum)
         return [a.memory for a in results]
 
 

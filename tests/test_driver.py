@@ -441,6 +441,17 @@ def test_four_devices_compute_at_once():
 
 
 @needs_kernels
+@pytest.mark.emulated
+@pytest.mark.parametrize("target", [t for t in custom_calls.DRAWS if "accum" in t])
+def test_an_accumulator_beside_the_result_gives_the_same_sum(target):
+    call = custom_calls.DRAWS[target](np.random.default_rng(3), most=60)
+    with EmulatedDriver(_ffi.image_directory()) as driver:
+        results = call.run(stream=1, beside=True)
+    call.check(results)
+    assert driver.calls.count("cuMemcpyDtoDAsync_v2") == 1
+
+
+@needs_kernels
 def test_the_context_of_the_stream_is_current_during_a_launch_alone(two_devices):
     stack = two_devices.contexts[threading.get_ident()]
     two_devices.launch = lambda *_, **launch: list(stack)

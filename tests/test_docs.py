@@ -8,11 +8,13 @@ import pathlib
 import re
 import subprocess
 import sys
+import tomllib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 
 import jaxfp8
 
@@ -98,7 +100,7 @@ def test_every_file_that_is_named_is_there(page):
     text = page.read_text()
     for name in re.findall(rf"(?<![\w/.-])((?:{ROOTS})/[\w./*-]*)", text):
         name = name.rstrip(".")
-        assert list(ROOT.glob(name)), name
+        assert "NAME" in name or list(ROOT.glob(name)), name
     for name in re.findall(r"`([\w*]+\.(?:py|cc|cuh?|h|sh))`", text):  # its folder stands beside it
         assert any(any((ROOT / folder).rglob(name)) for folder in CODE), name
 
@@ -187,8 +189,22 @@ def test_the_examples_of_the_readme_run():
 
 def test_readme_and_contributing_stay_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 170
-    if (ROOT / "CONTRIBUTING.md").exists():
-        assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) <= 120
+    assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) <= 120
+
+
+def test_hooks_are_linters_that_ci_runs_in_versions_that_the_project_pins():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    programs = {hook["entry"].split()[0] for hook in hooks} - {".venv/bin/python"}
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    pinned = {r.split("==")[0].strip() for r in extras["test"] if "==" in r}
+    package = {"lint-imports": "import-linter"}
+    ci = (ROOT / ".ci/run").read_text()
+    for program in programs:
+        name = program.removeprefix(".venv/bin/")  # the environment's own: no version to disagree
+        assert package.get(name, name) in pinned and program in ci, program
+    assert {"ruff", "mypy", "clang-format", "lint-imports"} == {p.split("/")[-1] for p in programs}
 
 
 @pytest.mark.slow

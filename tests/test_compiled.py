@@ -116,10 +116,10 @@ def test_no_fusion_takes_an_accumulating_call(accumulators):
 # ------------------------------------------------------------------------------------------------
 
 
-def mixture_step(mesh, tokens, *, experts, chunks=1, gradients=True, **options):
-    """A mixture of `experts` a device, 1024 wide, top 8, of `tokens` a device: result, or loss and all gradients."""
+def mixture_step(mesh, tokens, *, experts, width=1024, hidden=512, chunks=1, **options):
+    """Loss and all gradients of a mixture of `experts` a device, top 8, of `tokens` a device."""
     axes = mesh.axis_names if len(mesh.axis_names) > 1 else mesh.axis_names[0]
-    width, hidden, choices = 1024, 512, 8
+    choices = 8
 
     def layer(x, expert, gate, up, down):
         rows, sizes, route = jaxfp8.dispatch(
@@ -151,7 +151,7 @@ def mixture_step(mesh, tokens, *, experts, chunks=1, gradients=True, **options):
         of(jnp.bfloat16, experts, width, 2, hidden),
         of(jnp.bfloat16, experts, hidden, width),
     )
-    return jax.jit(run if gradients else f), args
+    return jax.jit(run), args
 
 
 EXCHANGES = {  # mesh, hosts, options, tokens that a device receives of T = 256 a device; in one pass
@@ -180,3 +180,13 @@ def test_an_exchange_moves_what_the_guide_says_and_by_no_ragged_collective(case)
     assert by_dtype.pop("u8") == received * 2 * width
     assert by_dtype.pop("bf16") == received * 2 * 2 * width
     assert by_dtype.total() == received * (2 * 4 * width // 128 + 3 * 4 * choices)
+
+
+def test_sums_of_a_chunk_come_back_beside_the_products_of_others():
+    """docs/scaling.md's pattern: of 4 chunks' sums, forward and backward, all but the last of each way."""
+    mesh = compiled.mesh({"gpu": 8})
+    function, args = mixture_step(mesh, 8192, experts=4, width=4096, hidden=2048, chunks=4)
+    moved = compiled.compile_for(function, *args).collectives()
+    sums = [c for c in moved if c.kind == "all-to-all" and c.arrays[0].dtype == "bf16"]
+    assert len(sums) == 8
+    assert sum(bool(c.products) for c in sums) >= 6

@@ -1,6 +1,7 @@
 """A mixture of experts on N GPUs against one GPU with all of the tokens: forward, and forward and backward."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,7 @@ def bf16_products(ragged_dot):
 
 def variants(peer):
     found = {"fp8": composed(jaxfp8.ragged_mlp)}
-    if hasattr(jaxfp8, "moe"):
+    if "axis_name" in inspect.signature(jaxfp8.moe).parameters:
         found["fp8 moe"] = fused
     if peer is not None:
         for name, ragged_dot in load_peers([peer])[0].ragged_dots().items():

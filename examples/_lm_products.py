@@ -82,12 +82,6 @@ def fp8_products(recipe: jaxfp8.Recipe) -> Products:
 
     def moe(x, expert, gate, gate_up, down, axis_name=None, dtype=jnp.bfloat16):
         options = {"recipe": recipe, "preferred_element_type": dtype}
-        if axis_name is None:
-            return jaxfp8.moe(x, expert, gate, gate_up, down, **options)
-        rows, sizes, route = jaxfp8.dispatch(
-            x, expert, num_experts(down, axis_name), axis_name=axis_name, recipe=recipe
-        )
-        y = jaxfp8.ragged_mlp(rows, gate_up, down, sizes, **options)
-        return jaxfp8.combine(y, gate, route)
+        return jaxfp8.moe(x, expert, gate, gate_up, down, axis_name=axis_name, **options)
 
     return Products(linear, mlp, moe, gather)

@@ -33,10 +33,13 @@ def mixture(tokens, choices, experts, k, f, n, gated=True, expert=None):
     return Mixture(normal(tokens, k), expert, gate, up, down, normal(tokens, n))
 
 
-def reference(m: Mixture, activation="silu", formats=og.DEFAULT, hidden=np.float32):
+def reference(
+    m: Mixture, activation="silu", formats=og.DEFAULT, hidden=np.float32, travelled=False
+):
     """y, dx, dgate, dw_up, dw_down. The gate multiplies the activation, which is quantized after that.
 
-    `hidden`: what h, its activation's gradient, and the rows that are summed are rounded to.
+    `hidden`: what h, its activation's gradient, and the rows that are summed are rounded to. `travelled`: x and dy came
+    as FP8 rows, of which their columns are made.
     """
 
     def rounded(v):
@@ -69,6 +72,8 @@ def reference(m: Mixture, activation="silu", formats=og.DEFAULT, hidden=np.float
         dh = dh.astype(np.float32).reshape(len(x), -1)
         np.add.at(dx, token, rounded(og.rows(dh, gradient) @ up.T))
 
+        if travelled:
+            x, dy = (og.rows(v, f).astype(np.float32) for v, f in ((x, forward), (dy, gradient)))
         dup = (og.columns(x, forward) @ og.columns(dh, gradient).T).reshape(k, -1, f + pad)
         dw_up[e] = dup[..., :f].reshape(m.w_up[e].shape)
         dw_down[e] = (og.columns(weighted, forward) @ og.columns(dy, gradient).T)[:f]

@@ -151,8 +151,8 @@ def readme_space():
 
 
 def test_the_mixture_of_the_guide_runs():
-    (code,) = code_blocks(ROOT / "docs/mixtures.md", "python")
-    space = {"jax": jax, "jnp": jnp, "jaxfp8": jaxfp8}
+    code, several = code_blocks(ROOT / "docs/mixtures.md", "python")
+    space = {"jax": jax, "jnp": jnp, "jaxfp8": jaxfp8, "functools": functools, "P": jax.P}
     exec(compile(code, "mixtures.md", "exec"), space)
     shapes = {
         "router": (128, 16),
@@ -164,6 +164,17 @@ def test_the_mixture_of_the_guide_runs():
     params = {name: jnp.full(shape, 0.1) for name, shape in shapes.items()}
     y = space["layer"](jnp.ones((2, 8, 128), jnp.bfloat16), params)
     assert (y.shape, y.dtype) == ((2, 8, 128), jnp.bfloat16)
+
+    space |= {
+        "mesh": jax.make_mesh((8,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,)),
+        "x": jnp.ones((16, 128)),
+        "expert": jnp.arange(32).reshape(16, 2) % 16,
+        "gate": jnp.ones((16, 2)),
+        "up": params["up"],
+        "down": params["down"],
+    }
+    exec(compile(several, "mixtures.md, several devices", "exec"), space)
+    assert np.isfinite(space["y"]).all()
 
 
 def test_the_examples_of_the_readme_run():

@@ -372,6 +372,89 @@ def test_exported_programs_give_the_same_bits():
 
 
 # --------------------------------------------------------------------------------------------------
+# Experts on several devices
+# --------------------------------------------------------------------------------------------------
+
+EIGHT = mixture(128, 2, 8, 128, 128, 128)
+
+
+def over(shape, m=EIGHT, **options):
+    """`run` with experts and tokens cut over a mesh of this shape."""
+    axes = ("outer", "inner")[: len(shape)]
+    mesh = jax.make_mesh(
+        shape,
+        axes,
+        devices=jax.devices()[: math.prod(shape)],
+        axis_types=(AxisType.Auto,) * len(shape),
+    )
+    axis_name = axes if len(axes) > 1 else axes[0]
+    f = functools.partial(jaxfp8.moe, axis_name=axis_name, **options)
+    return run(m, jax.shard_map(f, mesh=mesh, in_specs=P(axes), out_specs=P(axes)))
+
+
+@functools.cache
+def one_device():
+    return over((1,))
+
+
+def test_rows_that_travelled_give_their_own_columns():
+    assert_close(one_device(), reference(EIGHT, travelled=True), FLIPS)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((8,), {}),
+        pytest.param((2,), {}, marks=FULL),
+        pytest.param((4,), {"strategy": "all_to_all", "max_sent": 32}, marks=FULL),
+        pytest.param((4,), {"strategy": "ragged"}, marks=FULL),
+        pytest.param((2, 2), {}, marks=FULL),
+        pytest.param((2, 4), {"strategy": "all_to_all"}, marks=FULL),
+    ],
+    ids=str,
+)
+def test_experts_on_several_devices_have_the_bits_of_one(shape, options):
+    assert_same_bits(over(shape, **options), one_device())
+
+
+def test_vmap_of_experts_on_several_devices():
+    """Over tokens and, on each device, over weights."""
+    mesh = jax.make_mesh((4,), ("e",), devices=jax.devices()[:4], axis_types=(AxisType.Auto,))
+    cut = functools.partial(jax.shard_map, mesh=mesh, out_specs=P(None, "e"))
+    moe = functools.partial(jaxfp8.moe, axis_name="e")
+    x, expert, gate, up, down, _ = EIGHT
+
+    halves = [np.stack([v, v[::-1]]) for v in (x, expert, gate)]
+    both = cut(jax.vmap(moe, (0, 0, 0, None, None)), in_specs=(P(None, "e"),) * 3 + (P("e"),) * 2)
+    y = both(*halves, up, down)
+    assert_same_bits(y[0], one_device()[0])
+    assert_same_bits(y[1], np.asarray(y[0])[::-1])
+
+    twice = np.stack([up, up[::-1]]), np.stack([down, down[::-1]])
+    each = cut(
+        jax.vmap(moe, (None, None, None, 0, 0)), in_specs=(P("e"),) * 3 + (P(None, "e"),) * 2
+    )
+    y = each(x, expert, gate, *twice)
+    assert_same_bits(y[0], one_device()[0])
+    mirrored = np.where((expert >= 0) & (expert < 8), 7 - expert, -1)
+    assert_same_bits(y[1], over((4,), EIGHT._replace(expert=mirrored))[0])
+
+
+def test_tokens_without_a_place_on_another_device_are_nan():
+    m = EIGHT._replace(expert=np.stack([np.zeros(128, int), np.full(128, -1)], 1))
+    y, dx, *_ = over((4,), m, max_rows=100)
+    assert np.isnan(y[100:]).all() and np.isfinite(y[:100]).all()
+    assert not dx[100:].any()
+
+
+def test_an_axis_that_is_not_there_is_refused_by_name():
+    with pytest.raises(ValueError, match="moe: axis_name is 'nowhere'"):
+        apply(SMALL, axis_name="nowhere")
+    with pytest.raises(ValueError, match="moe: strategy is 'carrier pigeon'"):
+        apply(SMALL, strategy="carrier pigeon")
+
+
+# --------------------------------------------------------------------------------------------------
 # What is stored
 # --------------------------------------------------------------------------------------------------
 

@@ -18,11 +18,14 @@ of the output's rows is kept for the gates' gradient.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from .._arrays.blocks import ROW
@@ -34,14 +37,17 @@ from .._primitives.once import differentiable_once
 from .._primitives.operation import Operation
 from ..kernels import activation as act
 from ..kernels import gather
+from ..kernels import quantize as qt
 from ..kernels.gated import gated_grouped_kernel, gated_grouped_wgrad_kernel
 from ..kernels.gather import take_rows
 from ..kernels.grouped_gemm import grouped_kernel, grouped_product, grouped_wgrad_kernel
-from ..kernels.named import Named
+from ..kernels.named import Named, named
 from ..kernels.sum_rows import sum_rows
+from ._exchange import collect, plan_exchange, spread
 from ._mlp_weights import load_weights, quantize_weights, weight_operands
 from ._residuals import PRE_ACTIVATION_NAME, RESIDUAL_NAME, load, save
 from ._routing import plan
+from ._traffic import explained
 
 # Dimensions: s tokens with j choices each, m rows in g groups, t the group-padded token axis; k, f, n as in mlp.
 SIZES, ROWS, POSITION = ("g",), ("m",), ("s", "j")
@@ -61,10 +67,60 @@ def _hidden_dims(call: Call):
     return ("m", *up_dims[up_dims.index("k") + 1 :])
 
 
-def _plan(expert, gate, call: Call) -> _Rows:
-    routing = plan(expert, call.get("experts"), call.get("max_rows"))
-    gates = take_rows(gate.reshape(-1).astype(jnp.float32), routing.copy)
-    return _Rows(routing.source, routing.position, routing.group_sizes, gates)
+def _exchange(expert, call: Call):
+    """How tokens reach other devices, None for one device; and the experts of each token that is present here."""
+    if call.get("axis_name") is None:
+        return None, expert
+    return plan_exchange(
+        "moe",
+        expert,
+        call.get("experts"),
+        call.get("axis_name"),
+        call.get("strategy"),
+        call.get("max_sent"),
+    )
+
+
+def _tokens(x, dims, exchange, fmt, *more):
+    """What rows are gathered from: x, or with an exchange the FP8 rows of all tokens present here; and `more` of them.
+
+    A token is then quantized once and sent once, and its columns are made from the row that came.
+    """
+    if exchange is None:
+        return x, *more
+    q = qt.rows(x, dims, fmt).array
+    bits = lax.bitcast_convert_type(q.data, jnp.uint8)
+    bits, scale, *others = spread(exchange, bits, q.scale, *more)
+    return named(lax.bitcast_convert_type(bits, fmt.dtype), scale, dims), *others
+
+
+def _rows(tokens, dims, at: _Rows, fmt) -> Named:
+    if isinstance(tokens, Named):
+        return gather.fp8_rows(tokens, at.source, ROWS)
+    return gather.rows(tokens, dims, at.source, ROWS, fmt)
+
+
+def _rows_and_columns(tokens, dims, at: _Rows, fmt) -> tuple[Named, Named]:
+    if isinstance(tokens, Named):
+        return gather.fp8_rows_and_columns(tokens, at.source, ROWS, at.sizes, SIZES, fmt.pow2)
+    return gather.rows_and_columns(tokens, dims, at.source, ROWS, at.sizes, SIZES, fmt)
+
+
+def _plan(exchange, expert, gate, call: Call) -> _Rows:
+    """The rows of the tokens present here, whose experts and gates are (s, j)."""
+    experts = call.get("experts") if exchange is None else exchange.experts
+    rows = plan(expert, experts, call.get("max_rows"))
+    source, position, copy = rows.source, rows.position, rows.copy
+    if exchange is not None:
+        source, position = exchange.present(source), exchange.by_presence(position)
+        copy = source * expert.shape[1] + copy % expert.shape[1]
+    return _Rows(source, position, rows.group_sizes, take_rows(gate.reshape(-1), copy))
+
+
+def _explained(x, exchange, expert, call: Call):
+    if exchange is None:
+        return contextlib.nullcontext()
+    return explained("moe", exchange, x.shape[1], 1, expert.shape[1], max_rows=call.get("max_rows"))
 
 
 def _multiply(call: Call, sizes):
@@ -72,10 +128,13 @@ def _multiply(call: Call, sizes):
     return functools.partial(grouped_product, sizes=sizes, sizes_dims=SIZES, num_sms=num_sms)
 
 
-def _result(rows: Named, down_nt, at: _Rows, call: Call):
+def _result(rows: Named, down_nt, at: _Rows, exchange, call: Call):
     dtype = call.get("hidden_dtype")
     y = _multiply(call, at.sizes)(grouped_kernel, rows, down_nt, out=("m", "n"), out_dtype=dtype)
-    return [once(sum_rows(y, ("m", "n"), at.position, POSITION, call.get("out_dtype")))]
+    y = sum_rows(y, ("m", "n"), at.position, POSITION, call.get("out_dtype"))
+    if exchange is not None:
+        (y,) = collect(exchange, y, lost=math.nan)
+    return [once(y)]
 
 
 def _hidden(x_rows, up_nt, at: _Rows, call: Call):
@@ -87,13 +146,16 @@ def _hidden(x_rows, up_nt, at: _Rows, call: Call):
 def _body(x, w_up, w_down, expert, gate, *quantized, call: Call):
     fmt = forward_format(call.get("recipe"))
     up_nt, _, down_nt, _ = quantize_weights(w_up, w_down, quantized, call)
-    at = _plan(expert, gate, call)
-    x_rows = gather.rows(x, ("s", "k"), at.source, ROWS, fmt)
+    exchange, here = _exchange(expert, call)
+    with _explained(x, exchange, here, call):
+        tokens, gate = _tokens(x, ("s", "k"), exchange, fmt, gate.astype(jnp.float32))
+    at = _plan(exchange, here, gate, call)
+    x_rows = _rows(tokens, ("s", "k"), at, fmt)
     h = _hidden(x_rows, up_nt, at, call)
     rows = act.weighted_activation_rows(
         h, _hidden_dims(call), at.gate, ROWS, fmt, call.get("activation")
     )
-    return _result(rows, down_nt, at, call)
+    return _result(rows, down_nt, at, exchange, call)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -104,18 +166,19 @@ def _moe(call: Call, types, x, w_up, w_down, expert, gate, *quantized):
 def _fwd(call: Call, types, x, w_up, w_down, expert, gate, *quantized):
     fmt = forward_format(call.get("recipe"))
     up_nt, up_nn, down_nt, down_nn = quantize_weights(w_up, w_down, quantized, call)
-    at = _plan(expert, gate, call)
+    exchange, here = _exchange(expert, call)
+    with _explained(x, exchange, here, call):
+        tokens, gate = _tokens(x, ("s", "k"), exchange, fmt, gate.astype(jnp.float32))
+    at = _plan(exchange, here, gate, call)
     at = _Rows(*(checkpoint_name(v, RESIDUAL_NAME) for v in at))
-    x_rows, x_columns = gather.rows_and_columns(
-        x, ("s", "k"), at.source, ROWS, at.sizes, SIZES, fmt
-    )
+    x_rows, x_columns = _rows_and_columns(tokens, ("s", "k"), at, fmt)
     h = checkpoint_name(_hidden(x_rows, up_nt, at, call), PRE_ACTIVATION_NAME)
     rows, columns = act.ragged_weighted_activation(
         h, _hidden_dims(call), at.gate, ROWS, at.sizes, SIZES, fmt, call.get("activation")
     )
     weights = (save(w, named=not quantized) for w in (up_nn, down_nn))
-    residuals = *weights, save(x_columns), save(columns), h, at
-    return _result(rows, down_nt, at, call), residuals
+    residuals = *weights, save(x_columns), save(columns), h, at, exchange
+    return _result(rows, down_nt, at, exchange, call), residuals
 
 
 def _bwd(call: Call, types, residuals, cotangents):
@@ -123,7 +186,7 @@ def _bwd(call: Call, types, residuals, cotangents):
     recipe: Recipe = call.get("recipe")
     forward, gradient = forward_format(recipe), gradient_format(recipe)
     (x_type, up_type, down_type, _, gate_type, *quantized), (dy,) = types, cotangents
-    saved_up, saved_down, saved_x, saved_columns, h, at = residuals
+    saved_up, saved_down, saved_x, saved_columns, h, at, exchange = residuals
     up_nn, down_nn = load_weights(saved_up, saved_down, quantized, call)
     hidden = call.get("hidden_dtype")
     multiply = _multiply(call, at.sizes)
@@ -131,9 +194,8 @@ def _bwd(call: Call, types, residuals, cotangents):
     def saved_tokens(saved, dim):
         return load(saved, forward.dtype, (dim, "t"), (dim, "t/"), ROW)
 
-    dy_rows, dy_columns = gather.rows_and_columns(
-        dy, ("s", "n"), at.source, ROWS, at.sizes, SIZES, gradient
-    )
+    (tokens,) = _tokens(dy, ("s", "n"), exchange, gradient)
+    dy_rows, dy_columns = _rows_and_columns(tokens, ("s", "n"), at, gradient)
     dz = multiply(grouped_kernel, dy_rows, down_nn, out=("m", "f"), out_dtype=hidden)
     dw_down = multiply(
         grouped_wgrad_kernel,
@@ -166,6 +228,8 @@ def _bwd(call: Call, types, residuals, cotangents):
         out_dtype=up_type.dtype,
     )
     dgate = take_rows(dgate, position.reshape(-1)).reshape(position.shape)
+    if exchange is not None:
+        dx, dgate = collect(exchange, dx, dgate)
     return (
         like_primal(dx, x_type),
         like_primal(dw_up, up_type),
@@ -200,9 +264,12 @@ class _MoeOperation(Operation):
             x = jnp.moveaxis(x, axis, 0) if axis is not None else x
             x = whole(x if axis is not None else jnp.broadcast_to(x, (size, *x.shape)))
             if i == 3 and mapped_weights:
-                experts = call.get("experts")
-                first = experts * jnp.arange(size, dtype=jnp.int32)[:, None, None]
-                x = jnp.where((x >= 0) & (x < experts), x.astype(jnp.int32) + first, -1)
+                # Each device has its experts of each example side by side.
+                experts, own = call.get("experts"), arrays[1].shape[1 if axes[1] is not None else 0]
+                example = jnp.arange(size, dtype=jnp.int32)[:, None, None]
+                inside = (x >= 0) & (x < experts)
+                x = jnp.where(inside, x, 0).astype(jnp.int32)
+                x = jnp.where(inside, (x // own * size + example) * own + x % own, -1)
             folded.append(x.reshape(size * x.shape[1], *x.shape[2:]))
         if mapped_weights:
             call = call.with_attribute("experts", size * call.get("experts"))

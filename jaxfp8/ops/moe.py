@@ -11,7 +11,9 @@ from .._arrays import checks
 from .._arrays.recipe import Recipe, current_recipe
 from .._primitives.call import Call
 from ._arguments import out_spec
+from ._exchange import Strategy, levels_of
 from ._moe import POSITION, moe_operation, whole
+from .expert_parallel import check_exchange, check_positive
 from .mlp import check_mlp
 
 
@@ -42,7 +44,10 @@ def moe(
     w_down: Any,
     *,
     activation: str = "silu",
+    axis_name: str | tuple[str, ...] | None = None,
     max_rows: int | None = None,
+    strategy: Strategy | None = None,
+    max_sent: int | None = None,
     recipe: Recipe | None = None,
     preferred_element_type: Any = None,
     out_sharding: Any = None,
@@ -52,6 +57,11 @@ def moe(
     The experts are those of `ragged_mlp`; groups have any size, without capacity or padding, and nothing waits for the
     host. Between the router and the output tokens are copied in FP8 only, and sums are gathers in a fixed order: the
     same bits in every run. On a mesh call it inside `shard_map`; elsewhere tokens are gathered.
+
+    With `axis_name` experts are cut over an axis of `shard_map`, tokens too: a token is quantized once and sent once,
+    as by `dispatch`, and sums come back as by `combine`, in the result's dtype. Columns for weight gradients are then
+    made from the rows that travelled (a second rounding, which power-of-two scales spare), and each expert has the same
+    rows in the same order on any number of devices.
 
     A shared expert is an `mlp` beside it, a router's auxiliary losses are computed from its own outputs.
 
@@ -65,8 +75,11 @@ def moe(
       `(G, K, F)` or `(G, K, 2 F)` (see `jaxfp8.prequantize`).
     - `w_down`: likewise, `(G, F, N)`, or a `QuantizedWeight` of that.
     - `activation`: `"silu"`, or `"gelu"`: the tanh approximation.
-    - `max_rows`: how many copies of tokens there is memory for; None is for all `k` of every token. A token of which
-      a copy finds no place is NaN.
+    - `axis_name`: mesh axes of `shard_map` over which experts and tokens are cut, one or two levels; `w_up` and
+      `w_down` are then this device's experts, `expert` counts those of all. None for experts that are all here.
+    - `strategy`, `max_sent`: as of `jaxfp8.dispatch`.
+    - `max_rows`: how many copies of tokens there is memory for; None is for all `k` of every token (of all
+      devices). A token of which a copy finds no place is NaN.
     - `recipe`: a `jaxfp8.Recipe`; None is the one in force.
     - `preferred_element_type`: dtype of the result; None is x's. Hidden layer and rows before the sum are bfloat16 if
       x or the result is, else float32.
@@ -81,8 +94,9 @@ def moe(
     recipe = current_recipe(function, recipe)
     x = checks.array(function, "x", x, "(..., K)")
     expert, gate = _check_choices(function, x, expert, gate)
-    if max_rows is not None and max_rows < 1:
-        raise ValueError(f"{function}: max_rows is {max_rows}; allowed: a positive int, or None")
+    check_exchange(function, strategy, max_sent, axis_name)
+    check_positive(function, "max_rows", max_rows)
+    devices = levels_of(function, axis_name, strategy or "gather").devices
     dtype = x.dtype if preferred_element_type is None else preferred_element_type
     spec, lead = out_spec(function, out_sharding, x.ndim), x.shape[:-1]
     with jax.named_scope("jaxfp8.moe"):
@@ -91,8 +105,14 @@ def moe(
             function, x, w_up, w_down, activation, dtype, recipe, "G, "
         )
         ins = (("s", "k"), up_dims, down_dims, POSITION, POSITION, *copies)
-        own = (("experts", w_up.shape[0]), ("max_rows", max_rows))
-        call = Call(ins, (("s", "n"),), (*attributes, *own))
+        own = {
+            "experts": devices * w_up.shape[0],
+            "max_rows": max_rows,
+            "axis_name": axis_name,
+            "strategy": strategy,
+            "max_sent": max_sent,
+        }
+        call = Call(ins, (("s", "n"),), (*attributes, *own.items()))
         (y,) = moe_operation(x, w_up, w_down, expert, gate, *quantized, call=call)
         y = y.reshape(*lead, y.shape[-1])
         return y if spec is None else jax.sharding.reshard(y, out_sharding)

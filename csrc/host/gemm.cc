@@ -228,10 +228,12 @@ double estimated_ns(const GemmProblem& p, const Geometry& g, const Config& c, in
   return waves * (g.likely_k_blocks * c.block_ns + c.tile_ns);
 }
 
-int choose_config(const GemmProblem& p, const Geometry& g, int sms) {
+// The fastest configuration by that estimate; `countable`: of those whose tiles can be counted.
+int choose_config(const GemmProblem& p, const Geometry& g, int sms, bool countable) {
   int best = -1;
   double best_ns = std::numeric_limits<double>::infinity();
   for (int i = 0; i < num_gemm_configs(p.kind); ++i) {
+    if (countable && max_tiles(p, g, config_of(g.outer_scales, i)) > kMaxCount) continue;
     const double ns = estimated_ns(p, g, config_of(g.outer_scales, i), sms);
     if (ns < best_ns) {
       best = i;
@@ -318,7 +320,11 @@ int checked_config(const GemmProblem& p, const Geometry& g, int config, int sms)
   JAXFP8_REQUIRE(config >= -1 && config < num_gemm_configs(p.kind),
                  "config is " + std::to_string(config) + "; allowed is -1 (the heuristic) to " +
                      std::to_string(num_gemm_configs(p.kind) - 1));
-  if (config == -1) return choose_config(p, g, sms);
+  if (config == -1) {
+    const int best = choose_config(p, g, sms, false);
+    if (max_tiles(p, g, config_of(g.outer_scales, best)) <= kMaxCount) return best;
+    return std::max(choose_config(p, g, sms, true), 0);  // plan_gemm refuses what none can count
+  }
   const Config& c = config_of(g.outer_scales, config);
   const int cluster = c.cluster_m * c.cluster_n;
   JAXFP8_REQUIRE(cluster <= sms, "config is " + std::to_string(config) +

@@ -4,6 +4,7 @@ Each case also runs on the portable lowering. Quantization must agree to the bit
 rounding; every schedule must agree with every other to the bit; the emulator reports any race.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from jaxfp8 import _ffi
 from tests import kernel_cases as cases
 from tests import oracle
 from tests.emulated_platform import emulated_platform
+from tests.oracle_mixture import mixture, reference
+from tests.oracle_mlp import FLIPS
 
 pytestmark = [
     pytest.mark.emulated,
@@ -223,3 +226,28 @@ def test_linear_trains(recipe, seeds):
 @pytest.mark.representatives()
 def test_ragged_dot_trains(groups, seeds):
     assert_products_agree(cases.train_ragged_dot(groups), seeds=seeds)
+
+
+@pytest.mark.full
+def test_mixture_of_experts_and_its_gradients():
+    """An expert without tokens, choices of none, an expert chosen twice."""
+    m = mixture(40, 2, 3, 128, 128, 128)
+    expert = np.where(m.expert == 1, 2, m.expert)
+
+    def run():
+        def f(x, gate, up, down):
+            return jaxfp8.moe(x, expert, gate, up, down)
+
+        @jax.jit
+        def train(x, gate, up, down, dy):
+            y, pull = jax.vjp(f, x, gate, up, down)
+            return y, *pull(dy)
+
+        results = train(m.x, m.gate, m.w_up, m.w_down, m.dy)
+        return dict(zip(("y", "dx", "dgate", "dw_up", "dw_down"), results, strict=True))
+
+    want = reference(m._replace(expert=expert))
+    got = emulate(run, seeds=(0, 1))
+    for (name, value), exact in zip(got.items(), want, strict=True):
+        oracle.assert_close(value, exact, FLIPS)
+        np.testing.assert_array_equal(value[exact == 0], 0, err_msg=name)

@@ -28,6 +28,7 @@ from .._arrays.recipe import Recipe, current_recipe, forward_format, gradient_fo
 from .._primitives.mesh import match_varying
 from .._primitives.once import differentiable_once
 from ..kernels import quantize as qt
+from ..kernels.sum_rows import sum_rows
 from ._exchange import (
     STRATEGIES,
     Exchange,
@@ -55,8 +56,9 @@ class Route:
 
     - `exchange`: how tokens got to the devices of their experts.
     - `source`: int32 (R,), the present token of each row, past the last where there is none.
-    - `copy`: int32 (R,), present token * k + choice. `position`: int32 (S, k), the row of each copy; R where none.
-    - `lost`: bool (S,), present tokens of which a copy found no place within `max_rows`.
+    - `copy`: int32 (R,), present token * k + choice.
+    - `position`: int32 (S, k), the row of each copy; below 0 of one for no expert here, R of one that found no place
+      within `max_rows`.
     - `overflow`: int32 (), copies of tokens that found no place with this device, or with a peer of this device's
       tokens. Their sum over the axis is what training logs; 0 unless `max_rows` or `max_sent` is given.
     - `shape`: (T, k). `recipe`: the recipe in force, None for rows that travel in their own dtype.
@@ -66,7 +68,6 @@ class Route:
     source: Any
     copy: Any
     position: Any
-    lost: Any
     overflow: Any
     shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
     recipe: Recipe | None = dataclasses.field(metadata={"static": True})
@@ -75,12 +76,10 @@ class Route:
 def _route(exchange: Exchange, rows: Routing, shape, recipe) -> Route:
     choices = shape[1]
     source = exchange.present(rows.source)
-    position, none = exchange.by_presence(rows.position), rows.source.size
-    lost = position >= none
-    position = jnp.where(position < 0, none, position)  # of no expert here
-    overflow = exchange.overflow + jnp.sum(lost, dtype=jnp.int32)
+    position = exchange.by_presence(rows.position)
+    lost = jnp.sum(position >= rows.source.size, dtype=jnp.int32)
     copy = source * choices + rows.copy % choices
-    return Route(exchange, source, copy, position, lost.any(1), overflow, shape, recipe)
+    return Route(exchange, source, copy, position, exchange.overflow + lost, shape, recipe)
 
 
 def _send_rows(x, route: Route, format_of):
@@ -106,19 +105,13 @@ def _to_experts_fwd(x, route):
 
 
 def _to_experts_bwd(route, ct):
-    rows = _add_choices([take(ct, at) for at in route.position.T]).astype(ct.dtype)
+    # A copy that found no place has no part in the gradient.
+    position = jnp.where(route.position < ct.shape[0], route.position, -1)
+    rows = sum_rows(ct, ("m", "k"), position, ("s", "j"), ct.dtype)
     return *collect(route.exchange, rows), None
 
 
 _to_experts.defvjp(*differentiable_once("dispatch", _to_experts_fwd, _to_experts_bwd))
-
-
-def _add_choices(rows):
-    """The sum of each token's rows, float32, in order of its choices."""
-    total = rows[0].astype(jnp.float32)
-    for row in rows[1:]:
-        total = total + row.astype(jnp.float32)
-    return total
 
 
 @jax.custom_vjp
@@ -129,12 +122,7 @@ def _from_experts(y, gate, route: Route):
 
 def _from_experts_fwd(y, gate, route):
     (gates,) = spread(route.exchange, gate)
-    gates = jnp.where(route.position < y.shape[0], gates, 0)
-    rows = [
-        take(y, at).astype(jnp.float32) * g[:, None]
-        for at, g in zip(route.position.T, gates.T, strict=True)
-    ]
-    total = jnp.where(route.lost[:, None], jnp.nan, _add_choices(rows)).astype(y.dtype)
+    total = sum_rows(y, ("m", "k"), route.position, ("s", "j"), y.dtype, weight=gates)
     (total,) = collect(route.exchange, total, lost=jnp.nan)
     return total, (y, gates, route)
 
@@ -144,7 +132,8 @@ def _from_experts_bwd(residuals, ct):
     rows = _send_rows(ct, route, gradient_format).astype(jnp.float32)
     dy = (rows * take(gates.reshape(-1), route.copy)[:, None]).astype(y.dtype)
     of_row = jnp.sum(rows * y.astype(jnp.float32), axis=1)
-    (dgate,) = collect(route.exchange, take(of_row, route.position))
+    there = (route.position >= 0) & (route.position < y.shape[0])
+    (dgate,) = collect(route.exchange, jnp.where(there, take(of_row, route.position), 0))
     return dy, dgate, None
 
 

@@ -48,7 +48,7 @@ def _launch(
 
 MIXTURE = (
     "a mixture by hand: autocast does not see through the order of its rows, which are gathered in high precision and "
-    "quantized afterwards; jaxfp8.moe gathers them in FP8"
+    "quantized afterwards; jaxfp8.moe is the layer as one operation"
 )
 _EXPLAINED = re.compile(rf"{re.escape(EXPLAINED)}\[([^\]]*)\]")
 

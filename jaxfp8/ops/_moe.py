@@ -1,6 +1,6 @@
 """moe: a mixture of experts from the router's choice to the output, in FP8 all the way.
 
-    rows of x            gathered in order of expert and quantized in one pass: no copy in high precision exists
+    rows of x            gathered in order of expert and quantized, one primitive
     h  = rows . w_up                          of each row's expert, bfloat16 or float32
     z  = quantize(gate * a(h))                the gate multiplies in float32, before the only rounding
     y  = sum of a token's rows of z . w_down  in the order of its choices, float32

@@ -55,7 +55,7 @@ def moe(
     """A mixture of experts from the router's choice to the output: `sum_j gate[j] * mlp_of_expert[j](x)`.
 
     The experts are those of `ragged_mlp`; groups have any size, without capacity or padding, and nothing waits for the
-    host. Between the router and the output tokens are copied in FP8 only, and sums are gathers in a fixed order: the
+    host. What is kept for the backward pass is FP8 but for the hidden layer, and sums are gathers in a fixed order: the
     same bits in every run. On a mesh call it inside `shard_map`; elsewhere tokens are gathered.
 
     With `axis_name` experts are cut over an axis of `shard_map`, tokens too: a token is quantized once and sent once,

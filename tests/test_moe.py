@@ -476,7 +476,7 @@ def wide_rows(program, rows):
 
 
 def test_rows_in_high_precision_are_results_of_products_alone():
-    """Copies of tokens, and activations, are FP8 from the start; gradients likewise."""
+    """Of the program's primitives: copies of tokens, activations and their gradients come out of them in FP8."""
     tokens, choices = 512, 4
     m = mixture(tokens, choices, 2, 256, 256, 256)
     m = m._replace(x=m.x.astype(jnp.bfloat16))

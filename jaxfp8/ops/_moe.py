@@ -123,6 +123,15 @@ def _explained(x, exchange, expert, call: Call):
     return explained("moe", exchange, x.shape[1], 1, expert.shape[1], max_rows=call.get("max_rows"))
 
 
+def _arrive(x, expert, gate, fmt, call: Call):
+    """The exchange, what rows are gathered from, and the rows."""
+    exchange, here = _exchange(expert, call)
+    with _explained(x, exchange, here, call):
+        tokens, gate = _tokens(x, ("s", "k"), exchange, fmt, gate.astype(jnp.float32))
+    at = _plan(exchange, here, gate, call)
+    return exchange, tokens, at
+
+
 def _multiply(call: Call, sizes):
     num_sms = call.get("recipe").num_sms
     return functools.partial(grouped_product, sizes=sizes, sizes_dims=SIZES, num_sms=num_sms)
@@ -146,10 +155,7 @@ def _hidden(x_rows, up_nt, at: _Rows, call: Call):
 def _body(x, w_up, w_down, expert, gate, *quantized, call: Call):
     fmt = forward_format(call.get("recipe"))
     up_nt, _, down_nt, _ = quantize_weights(w_up, w_down, quantized, call)
-    exchange, here = _exchange(expert, call)
-    with _explained(x, exchange, here, call):
-        tokens, gate = _tokens(x, ("s", "k"), exchange, fmt, gate.astype(jnp.float32))
-    at = _plan(exchange, here, gate, call)
+    exchange, tokens, at = _arrive(x, expert, gate, fmt, call)
     x_rows = _rows(tokens, ("s", "k"), at, fmt)
     h = _hidden(x_rows, up_nt, at, call)
     rows = act.weighted_activation_rows(
@@ -166,10 +172,7 @@ def _moe(call: Call, types, x, w_up, w_down, expert, gate, *quantized):
 def _fwd(call: Call, types, x, w_up, w_down, expert, gate, *quantized):
     fmt = forward_format(call.get("recipe"))
     up_nt, up_nn, down_nt, down_nn = quantize_weights(w_up, w_down, quantized, call)
-    exchange, here = _exchange(expert, call)
-    with _explained(x, exchange, here, call):
-        tokens, gate = _tokens(x, ("s", "k"), exchange, fmt, gate.astype(jnp.float32))
-    at = _plan(exchange, here, gate, call)
+    exchange, tokens, at = _arrive(x, expert, gate, fmt, call)
     at = _Rows(*(checkpoint_name(v, RESIDUAL_NAME) for v in at))
     x_rows, x_columns = _rows_and_columns(tokens, ("s", "k"), at, fmt)
     h = checkpoint_name(_hidden(x_rows, up_nt, at, call), PRE_ACTIVATION_NAME)

@@ -1,5 +1,6 @@
 """Eight CPU devices and quick compilation for every test and the processes it starts, set before JAX starts."""
 
+import gc
 import os
 
 import pytest
@@ -16,6 +17,12 @@ def pytest_configure(config):
     if config.option.markexpr != "gpu":  # there XLA compiles as for a user
         flags += f" {QUICK_FLAGS}"
     os.environ.setdefault("XLA_FLAGS", flags)
+
+
+def pytest_sessionfinish(session):
+    """A worker has 5 s to end. pytest collects garbage twice then, which takes longer over all that JAX holds."""
+    if hasattr(session.config, "workerinput"):
+        gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by markers

@@ -241,7 +241,7 @@ def test_a_mesh_that_cuts_the_features_gives_the_same_bits(kind):
     def run(x, rows, hidden, dy):
         row, column = gather.rows_and_columns(x, ("s", "k"), source, ("m",), SIZES, ("g",), fmt)
         both = gather.fp8_rows_and_columns(
-            row._replace(dims=("s", "k"), scale_dims=("s", "k/")),
+            row._replace(dims=("s", "k")),
             source,
             ("m",),
             SIZES,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +88,16 @@ class QuantizedWeight:
         return f"QuantizedWeight([{dims}], {jnp.dtype(self.fp8_dtype).name})"
 
 
-def parts(function: str, name: str, w: Any) -> tuple[jax.Array, ...]:
+class WeightCopies(NamedTuple):
+    """FP8 data and scales of a weight in both orientations, or what belongs to each: dimensions, types."""
+
+    nt: Any
+    nt_scale: Any
+    nn: Any
+    nn_scale: Any
+
+
+def parts(function: str, name: str, w: Any) -> WeightCopies | tuple[()]:
     """What a product takes of a QuantizedWeight: data and scales of both orientations; () of a plain array."""
     if not isinstance(w, QuantizedWeight):
         return ()
@@ -100,4 +109,4 @@ def parts(function: str, name: str, w: Any) -> tuple[jax.Array, ...]:
             f"{function}: {name} has copies of shapes {w.nt.shape} and {w.nn.shape}, its value {w.shape}; "
             "they must be (..., N, K), (..., K, N) and (..., K, N)"
         )
-    return tuple(v for q in data for v in (q.data, q.scale))
+    return WeightCopies(w.nt.data, w.nt.scale, w.nn.data, w.nn.scale)

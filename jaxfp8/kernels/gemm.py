@@ -19,7 +19,7 @@ from .._primitives.call import Call, arrange, restore
 from .._primitives.leaf import Leaf, once
 from .._primitives.sharded_operation import Kernel
 from .configurations import check_config, config_index, product_of_call
-from .named import ROW_SCALE, Named, name_dims
+from .named import ROW_SCALE, Named
 
 # --------------------------------------------------------------------------------------------------
 # Leaves: (1 or G, M, K) . (G, N, K) -> (G, M, N)
@@ -250,8 +250,8 @@ def gemm(
     num_sms = resolve_num_sms("gemm", num_sms)
     check_config("gemm", config, "gemm_1d2d" if rhs.block == SQUARE else "gemm_1d1d")
     y = product(
-        name_dims(lhs, left),
-        name_dims(rhs, right),
+        Named(lhs, left),
+        Named(rhs, right),
         out,
         out_dtype,
         num_sms=num_sms,
@@ -294,5 +294,5 @@ def wgrad_gemm(
     accum, out_dtype = check_accum("wgrad_gemm", accum, shape, out_dtype, jnp.float32)
     num_sms = resolve_num_sms("wgrad_gemm", num_sms)
     check_config("wgrad_gemm", config, "gemm_1d1d")
-    left, right = name_dims(lhs, ("n", "t")), name_dims(rhs, ("k", "t"))
+    left, right = Named(lhs, ("n", "t")), Named(rhs, ("k", "t"))
     return product(left, right, ("n", "k"), out_dtype, num_sms=num_sms, config=config, accum=accum)

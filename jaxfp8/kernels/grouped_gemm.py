@@ -212,8 +212,8 @@ def grouped_gemm(
     out_dtype = checks.output_dtype("grouped_gemm", "out_dtype", out_dtype)
     num_sms = resolve_num_sms("grouped_gemm", num_sms)
     check_config("grouped_gemm", config, "grouped_gemm")
-    left = Named(lhs, ("m", "k"), ("m", "k/"))
-    right = Named(rhs, ("g", "n", "k"), ("g", "n/", "k/"))
+    left = Named(lhs, ("m", "k"))
+    right = Named(rhs, ("g", "n", "k"))
     y = grouped_product(
         grouped_kernel,
         left,
@@ -259,8 +259,8 @@ def masked_grouped_gemm(
     out_dtype = checks.output_dtype("masked_grouped_gemm", "out_dtype", out_dtype)
     num_sms = resolve_num_sms("masked_grouped_gemm", num_sms)
     check_config("masked_grouped_gemm", config, "masked_grouped_gemm")
-    left = Named(lhs, ("g", "m", "k"), ("g", "m", "k/"))
-    right = Named(rhs, ("g", "n", "k"), ("g", "n/", "k/"))
+    left = Named(lhs, ("g", "m", "k"))
+    right = Named(rhs, ("g", "n", "k"))
     out = ("g", "m", "n")
     return grouped_product(
         masked_kernel,
@@ -317,7 +317,7 @@ def grouped_wgrad_gemm(
     accum, out_dtype = check_accum(function, accum, shape, out_dtype, jnp.float32)
     num_sms = resolve_num_sms(function, num_sms)
     check_config(function, config, function)
-    left, right = Named(lhs, ("n", "t"), ("n", "t/")), Named(rhs, ("k", "t"), ("k", "t/"))
+    left, right = Named(lhs, ("n", "t")), Named(rhs, ("k", "t"))
     return grouped_product(
         grouped_wgrad_kernel,
         left,

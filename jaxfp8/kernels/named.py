@@ -4,35 +4,35 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .._arrays.blocks import BLOCK, ROW
+from .._arrays.blocks import ROW
 from .._arrays.quantized_array import QuantizedArray
 
 ROW_SCALE = {2: (1, 0), 3: (2, 0, 1)}
 """M-major layouts of row scales by rank, major to minor."""
 
 
+def scale_dims_of(dims, rows=1, blocked=()):
+    """Dimensions of the scales of data: `"k/"` counts the 128-blocks of `"k"`.
+
+    Blocked is the last dimension, of square blocks the last two; or those that `blocked` names.
+    """
+    blocked = blocked or (dims[-1:] if rows == 1 else dims[-2:])
+    return tuple(d + "/" if d in blocked else d for d in dims)
+
+
 class Named(NamedTuple):
-    """A quantized array with the names of its dimensions; `"k/"` counts the 128-blocks of `"k"`."""
+    """A quantized array with the names of its dimensions; `blocked` as in `scale_dims_of`."""
 
     array: QuantizedArray
     dims: tuple[str, ...]
-    scale_dims: tuple[str, ...]
+    blocked: tuple[str, ...] = ()
+
+    @property
+    def scale_dims(self) -> tuple[str, ...]:
+        """Dimensions of the scales."""
+        return scale_dims_of(self.dims, self.array.block[0], self.blocked)
 
 
-def scale_dims_of(dims, rows=1):
-    """Dimensions of the scales of row blocks, or of square blocks."""
-    last = (dims[-1] + "/",)
-    return dims[:-1] + last if rows == 1 else dims[:-2] + (dims[-2] + "/",) + last
-
-
-def named(data, scale, dims, block=ROW) -> Named:
+def named(data, scale, dims, block=ROW, blocked=()) -> Named:
     """Data and scales of a kernel, with the names of their dimensions."""
-    return Named(QuantizedArray(data, scale, block), dims, scale_dims_of(dims, block[0]))
-
-
-def name_dims(q: QuantizedArray, dims) -> Named:
-    """A user's quantized array with names for its dimensions."""
-    last = (dims[-1] + "/",)
-    square = q.block[0] == BLOCK
-    scale_dims = dims[:-2] + (dims[-2] + "/",) + last if square else dims[:-1] + last
-    return Named(q, dims, scale_dims)
+    return Named(QuantizedArray(data, scale, block), dims, blocked)

@@ -14,7 +14,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from .._arrays.blocks import ROW, SQUARE
+from .._arrays.blocks import BLOCK, ROW, SQUARE
+from .._arrays.quantized_weight import WeightCopies
 from .._arrays.recipe import Recipe, forward_format, gradient_format
 from .._primitives.call import Call
 from .._primitives.leaf import once
@@ -23,7 +24,7 @@ from .._primitives.once import differentiable_once
 from .._primitives.operation import Operation
 from ..kernels import quantize as qt
 from ..kernels.gemm import product
-from ..kernels.named import named
+from ..kernels.named import named, scale_dims_of
 from ._residuals import load, save
 
 
@@ -44,16 +45,19 @@ def quantized_weight(w, w_dims, quantized, fmt):
     """Both orientations of a weight: quantized here, or ahead (data and scale of each)."""
     if not quantized:
         return qt.weight(w, w_dims, fmt)
-    nt, nt_scale, nn, nn_scale = quantized
-    nt_dims = w_dims[:-2] + (w_dims[-1], w_dims[-2])
-    return named(nt, nt_scale, nt_dims, SQUARE), named(nn, nn_scale, w_dims, SQUARE)
+    copies, dims = WeightCopies(*quantized), WeightCopies(*weight_dims(w_dims, quantized))
+    return (
+        named(copies.nt, copies.nt_scale, dims.nt, SQUARE),
+        named(copies.nn, copies.nn_scale, dims.nn, SQUARE),
+    )
 
 
 def weight_dims(w_dims, quantized):
     """Dimensions of the operands that `quantized` adds to a call."""
+    if not quantized:
+        return ()
     nt = w_dims[:-2] + (w_dims[-1], w_dims[-2])
-    scales = [d[:-2] + (d[-2] + "/", d[-1] + "/") for d in (nt, w_dims)]
-    return (nt, scales[0], w_dims, scales[1]) if quantized else ()
+    return WeightCopies(nt, scale_dims_of(nt, BLOCK), w_dims, scale_dims_of(w_dims, BLOCK))
 
 
 def _dot_body(x, w, *quantized, call: Call):
@@ -80,7 +84,7 @@ def _dot_fwd(call: Call, types, x, w, *quantized):
     fmt = forward_format(call.get("recipe"))
     nt, nn = quantized_weight(w, w_dims, quantized, fmt)
     rows, columns = qt.rows_and_columns(x, x_dims, _tokens(call), fmt)
-    residuals = save(nn, named=not quantized), save(columns)
+    residuals = save(nn, keep=not quantized), save(columns)
     return _forward(rows, nt, call), residuals
 
 
@@ -90,8 +94,8 @@ def _dot_bwd(call: Call, types, residuals, cotangents):
     forward, gradient = forward_format(recipe), gradient_format(recipe)
     (x_type, w_type, *quantized), (dy,) = types, cotangents
     k, n = w_dims[-2:]
-    nn_dtype = quantized[2].dtype if quantized else forward.dtype
-    nn = load(residuals[0], nn_dtype, w_dims, w_dims[:-2] + (k + "/", n + "/"), SQUARE)
+    nn_dtype = WeightCopies(*quantized).nn.dtype if quantized else forward.dtype
+    nn = load(residuals[0], nn_dtype, w_dims, SQUARE)
     dy_rows, dy_columns = qt.rows_and_columns(dy, out, _tokens(call), gradient)
 
     # A weight-only batch dimension is summed here; every other sum is a contraction of the kernel.
@@ -102,7 +106,7 @@ def _dot_bwd(call: Call, types, residuals, cotangents):
 
     tokens = dy_columns.dims[dy_columns.dims.index(n) + 1 :]
     dims = tuple(d for d in x_dims[:-1] if d in w_dims) + (k,) + tokens
-    columns = load(residuals[1], forward.dtype, dims, dims[:-1] + (dims[-1] + "/",), ROW)
+    columns = load(residuals[1], forward.dtype, dims, ROW)
     wanted = explicit_axes(w_type, w_dims)
     dw = product(columns, dy_columns, w_dims, w_type.dtype, num_sms=recipe.num_sms, wanted=wanted)
     return like_primal(dx, x_type), like_primal(dw, w_type), *(None for _ in quantized)

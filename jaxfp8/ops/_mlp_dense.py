@@ -78,7 +78,7 @@ def _mlp_fwd(call: Call, types, x, w_up, w_down, *quantized):
     rows, columns = act.activation_rows_and_columns(
         h, _hidden_dims(call), _down_tokens(call), fmt, call.get("activation")
     )
-    weights = (save(w, named=not quantized) for w in (up_nn, down_nn))
+    weights = (save(w, keep=not quantized) for w in (up_nn, down_nn))
     residuals = *weights, save(x_columns), save(columns), h
     return _result(rows, down_nt, call), residuals
 
@@ -88,7 +88,7 @@ def _columns_of(saved, dtype, batch, last, tokens_like: Named):
     dims = tokens_like.dims
     at = max(i for i, d in enumerate(dims) if d in ("k", "f", "n"))
     dims = batch + last + dims[at + 1 :]
-    return load(saved, dtype, dims, dims[:-1] + (dims[-1] + "/",), ROW)
+    return load(saved, dtype, dims, ROW)
 
 
 def _mlp_bwd(call: Call, types, residuals, cotangents):

@@ -67,7 +67,7 @@ def _ragged_fwd(call: Call, types, x, w_up, w_down, sizes, *quantized):
     rows, columns = act.ragged_activation(
         h, _hidden_dims_ragged(call), sizes, sizes_dims, fmt, call.get("activation")
     )
-    weights = (save(w, named=not quantized) for w in (up_nn, down_nn))
+    weights = (save(w, keep=not quantized) for w in (up_nn, down_nn))
     residuals = *weights, save(x_columns), save(columns), h, sizes
     return _ragged_result(rows, down_nt, sizes, call), residuals
 
@@ -86,7 +86,7 @@ def _ragged_bwd(call: Call, types, residuals, cotangents):
     def saved_tokens(saved, *dims):
         new = tuple(dict.fromkeys(sizes_dims[:-1] + dims[:-1]))
         dims = new + (dims[-1], "t")
-        return load(saved, forward.dtype, dims, dims[:-1] + ("t/",), ROW)
+        return load(saved, forward.dtype, dims, ROW)
 
     dy_rows, dy_columns = qt.ragged_rows_and_columns(dy, out, sizes, sizes_dims, gradient)
     dims = out[:-1] + ("f",)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from .._arrays.blocks import BLOCK, SQUARE
-from .._arrays.quantized_weight import parts
+from .._arrays.quantized_weight import WeightCopies, parts
 from .._arrays.recipe import Format, forward_format
 from .._primitives.call import Call
 from ..kernels import quantize as qt
 from ..kernels.activation import TWO
 from ..kernels.gated import gated_weight_kernel
-from ..kernels.named import Named
+from ..kernels.named import named, scale_dims_of
 from ._dot import quantized_weight
 from ._residuals import load
 from .prequantize import prequantize
@@ -21,34 +21,39 @@ def _up_dims(dims):
     return dims[:at] + dims[at + 1 :] + ("k",)
 
 
-def _up_scale_dims(dims):
-    return tuple(d + "/" if d in ("k", "f") else d for d in dims)
+BLOCKED = ("k", "f")
+"""The dimensions of w_up that its blocks cut."""
 
 
-def quantized_up_dims(dims):
-    """Dimensions of what `quantized` gives of w_up: data and scales of (..., [two,] f, k), then of w_up's own order."""
+def quantized_up_dims(dims) -> WeightCopies:
+    """Dimensions of the copies of w_up: (..., [two,] f, k), and w_up's own."""
     nt = _up_dims(dims)
-    return nt, _up_scale_dims(nt), dims, _up_scale_dims(dims)
+    return WeightCopies(
+        nt, scale_dims_of(nt, blocked=BLOCKED), dims, scale_dims_of(dims, blocked=BLOCKED)
+    )
+
+
+def split_copies(quantized):
+    """What was quantized ahead of w_up, and of w_down; () for neither."""
+    up, down = quantized[: len(quantized) // 2], quantized[len(quantized) // 2 :]
+    return (WeightCopies(*up), WeightCopies(*down)) if quantized else ((), ())
 
 
 def _quantize_up(w, dims, quantized, fmt: Format):
     """w_up (..., k, [two,] f) in both orientations, with 128x128 blocks of k and f; quantized here, or ahead."""
+    of = quantized_up_dims(dims)
     if quantized:
-        nt, nt_scale, nn, nn_scale = quantized
-        nt_dims, nt_scale_dims, _, nn_scale_dims = quantized_up_dims(dims)
-        return (
-            Named(qt.QuantizedArray(nt, nt_scale, SQUARE), nt_dims, nt_scale_dims),
-            Named(qt.QuantizedArray(nn, nn_scale, SQUARE), dims, nn_scale_dims),
-        )
-    if TWO not in dims:
+        copies = quantized
+    elif TWO not in dims:
         return qt.weight(w, dims, fmt)
-    nt = _up_dims(dims)
-    outs = (dims, _up_scale_dims(dims), nt, _up_scale_dims(nt))
-    call = Call((dims,), outs, (("dtype", fmt.dtype), ("pow2", fmt.pow2)))
-    nn_data, nn_scale, nt_data, nt_scale = gated_weight_kernel(w, call=call)
+    else:
+        outs = (of.nn, of.nn_scale, of.nt, of.nt_scale)
+        call = Call((dims,), outs, (("dtype", fmt.dtype), ("pow2", fmt.pow2)))
+        nn, nn_scale, nt, nt_scale = gated_weight_kernel(w, call=call)
+        copies = WeightCopies(nt, nt_scale, nn, nn_scale)
     return (
-        Named(qt.QuantizedArray(nt_data, nt_scale, SQUARE), nt, outs[3]),
-        Named(qt.QuantizedArray(nn_data, nn_scale, SQUARE), dims, outs[1]),
+        named(copies.nt, copies.nt_scale, of.nt, SQUARE, BLOCKED),
+        named(copies.nn, copies.nn_scale, of.nn, SQUARE, BLOCKED),
     )
 
 
@@ -58,18 +63,21 @@ def quantize_weights(w_up, w_down, quantized, call: Call):
     `quantized`: data and scale of each orientation of each, if they were quantized ahead.
     """
     fmt = forward_format(call.get("recipe"))
-    up = _quantize_up(w_up, call.ins[1], quantized[:4], fmt)
-    return *up, *quantized_weight(w_down, call.ins[2], quantized[4:], fmt)
+    up, down = split_copies(quantized)
+    return (
+        *_quantize_up(w_up, call.ins[1], up, fmt),
+        *quantized_weight(w_down, call.ins[2], down, fmt),
+    )
 
 
 def load_weights(saved_up, saved_down, quantized, call: Call):
     """The orientations of the input gradients' products. `quantized`: types of those quantized ahead."""
     up_dims, down_dims = call.ins[1:3]
     here = forward_format(call.get("recipe")).dtype
-    up, down = (quantized[2].dtype, quantized[6].dtype) if quantized else (here, here)
+    up, down = (copies.nn.dtype if copies else here for copies in split_copies(quantized))
     return (
-        load(saved_up, up, up_dims, _up_scale_dims(up_dims), SQUARE),
-        load(saved_down, down, down_dims, down_dims[:-2] + ("f/", "n/"), SQUARE),
+        load(saved_up, up, up_dims, SQUARE, BLOCKED),
+        load(saved_down, down, down_dims, SQUARE),
     )
 
 
@@ -94,9 +102,8 @@ def both_quantized(function, w_up, w_down, quantized_up, quantized_down, recipe)
         quantized_down = parts(function, "w_down", prequantize(w_down, recipe=recipe))
     if halves:
         # (..., 2 F, K) and (..., K, 2 F), each with its scales: both halves are whole blocks.
-        nt, nn = quantized_up[:2], quantized_up[2:]
-        quantized_up = (
-            *(v.reshape(*v.shape[:lead], 2, -1, v.shape[-1]) for v in nt),
-            *(v.reshape(*v.shape[:-1], 2, -1) for v in nn),
-        )
+        copies = WeightCopies(*quantized_up)
+        nt = (v.reshape(*v.shape[:lead], 2, -1, v.shape[-1]) for v in (copies.nt, copies.nt_scale))
+        nn = (v.reshape(*v.shape[:-1], 2, -1) for v in (copies.nn, copies.nn_scale))
+        quantized_up = WeightCopies(*nt, *nn)
     return *quantized_up, *quantized_down

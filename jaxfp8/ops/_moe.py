@@ -179,7 +179,7 @@ def _fwd(call: Call, types, x, w_up, w_down, expert, gate, *quantized):
     rows, columns = act.ragged_weighted_activation(
         h, _hidden_dims(call), at.gate, ROWS, at.sizes, SIZES, fmt, call.get("activation")
     )
-    weights = (save(w, named=not quantized) for w in (up_nn, down_nn))
+    weights = (save(w, keep=not quantized) for w in (up_nn, down_nn))
     residuals = *weights, save(x_columns), save(columns), h, at, exchange
     return _result(rows, down_nt, at, exchange, call), residuals
 
@@ -195,7 +195,7 @@ def _bwd(call: Call, types, residuals, cotangents):
     multiply = _multiply(call, at.sizes)
 
     def saved_tokens(saved, dim):
-        return load(saved, forward.dtype, (dim, "t"), (dim, "t/"), ROW)
+        return load(saved, forward.dtype, (dim, "t"), ROW)
 
     (tokens,) = _tokens(dy, ("s", "n"), exchange, gradient)
     dy_rows, dy_columns = _rows_and_columns(tokens, ("s", "n"), at, gradient)

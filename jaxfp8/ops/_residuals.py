@@ -7,29 +7,28 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from .._arrays.quantized_array import QuantizedArray
-from ..kernels.named import Named
+from ..kernels.named import Named, named
 
 RESIDUAL_NAME = "jaxfp8_residual"
 PRE_ACTIVATION_NAME = "jaxfp8_pre_activation"
 """The hidden layer of an MLP before its activation, in bfloat16 or float32: a product, which FP8 policies recompute."""
 
 
-def save(q: Named, named: bool = True):
-    """A residual, its data as uint8; named for remat policies, unless the caller had it before the operation.
+def save(q: Named, keep: bool = True):
+    """A residual, its data as uint8; with a name for remat policies, unless the caller had it before.
 
     Remat puts reduce_precision(4, 3) on float residuals, for which 448 is infinite; integers it leaves alone.
     """
     bits = lax.bitcast_convert_type(q.array.data, jnp.uint8)
-    if not named:
+    if not keep:
         return bits, q.array.scale
     return checkpoint_name(bits, RESIDUAL_NAME), checkpoint_name(q.array.scale, RESIDUAL_NAME)
 
 
-def load(saved, dtype, dims, scale_dims, block) -> Named:
+def load(saved, dtype, dims, block, blocked=()) -> Named:
+    """What `save` kept, with the names of its dimensions."""
     bits, scale = saved
-    data = lax.bitcast_convert_type(bits, dtype)
-    return Named(QuantizedArray(data, scale, block), dims, scale_dims)
+    return named(lax.bitcast_convert_type(bits, dtype), scale, dims, block, blocked)
 
 
 def save_fp8_residuals():

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from .._arrays import checks
 from .._arrays.blocks import ROW, SQUARE
-from .._arrays.quantized_weight import parts
+from .._arrays.quantized_weight import WeightCopies, parts
 from .._arrays.recipe import Recipe, current_recipe, forward_format, gradient_format
 from .._primitives.call import Call
 from .._primitives.leaf import once
@@ -56,7 +56,7 @@ def _ragged_fwd(call: Call, types, x, w, sizes, *quantized):
     fmt = forward_format(call.get("recipe"))
     nt, nn = quantized_weight(w, w_dims, quantized, fmt)
     rows, columns = qt.ragged_rows_and_columns(x, x_dims, sizes, sizes_dims, fmt)
-    residuals = save(nn, named=not quantized), save(columns), sizes
+    residuals = save(nn, keep=not quantized), save(columns), sizes
     return _forward(rows, nt, sizes, call), residuals
 
 
@@ -67,8 +67,8 @@ def _ragged_bwd(call: Call, types, residuals, cotangents):
     (x_type, w_type, _, *quantized), (dy,) = types, cotangents
     saved_nn, saved_columns, sizes = residuals
     k, n = w_dims[-2:]
-    nn_dtype = quantized[2].dtype if quantized else forward.dtype
-    nn = load(saved_nn, nn_dtype, w_dims, w_dims[:-2] + (k + "/", n + "/"), SQUARE)
+    nn_dtype = WeightCopies(*quantized).nn.dtype if quantized else forward.dtype
+    nn = load(saved_nn, nn_dtype, w_dims, SQUARE)
     dy_rows, dy_columns = qt.ragged_rows_and_columns(dy, out, sizes, sizes_dims, gradient)
 
     dx_dims = out[:-1] + (k,)
@@ -84,7 +84,7 @@ def _ragged_bwd(call: Call, types, residuals, cotangents):
     )
 
     dims = tuple(dict.fromkeys(sizes_dims[:-1] + x_dims[:-2])) + (k, "t")
-    columns = load(saved_columns, forward.dtype, dims, dims[:-1] + ("t/",), ROW)
+    columns = load(saved_columns, forward.dtype, dims, ROW)
     dw_dims = tuple(d for d in out if d[0] == "v") + ("g", k, n)
     dw = grouped_product(
         grouped_wgrad_kernel,

@@ -357,3 +357,11 @@ def test_measuring_runs_each_config_on_operands_of_its_kind(tables, product):
     assert choices[product] in two
     launched = {launch.kernel for launch in driver.launches}
     assert len(launched) == 2
+
+
+@pytest.mark.skipif(
+    any(d.platform == "gpu" for d in jax.devices()), reason="there is a GPU to measure on"
+)
+def test_without_a_gpu_tune_says_what_to_do():
+    with pytest.raises(RuntimeError, match="^tune: JAX finds no CUDA device to measure on; run"):
+        jaxfp8.tune([PRODUCT])

@@ -77,7 +77,9 @@ def command(
         try:
             jaxfp8.tune(products, path=out, repeats=repeats, report=report)
         except (RuntimeError, ValueError) as error:
-            raise click.ClickException(f"tune: {str(error).splitlines()[0]}") from None
+            raise click.ClickException(
+                f"tune: {str(error).splitlines()[0].removeprefix('tune: ')}"
+            ) from None
     console.print(table)
     console.print(
         f"wrote {out}; jaxfp8.load_tuned({str(out)!r}) before a program's first call uses it"

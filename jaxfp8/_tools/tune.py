@@ -193,7 +193,13 @@ def tune(
         if not isinstance(product, Product):
             raise TypeError(f"tune: products holds {product!r}; allowed: jaxfp8.Product")
     if device is None:
-        device = jax.devices("cuda")[0]
+        try:
+            device = jax.devices("cuda")[0]
+        except RuntimeError as error:
+            raise RuntimeError(
+                "tune: JAX finds no CUDA device to measure on; run it on a Hopper GPU, or pass device= "
+                "(`python -m jaxfp8 doctor` says what is missing)"
+            ) from error
     device_sms = getattr(device, "core_count", None) or 132
     path = None if path is None else Path(path)
     table = read_table(path) if path is not None and path.exists() else {}

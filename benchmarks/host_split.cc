@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <ctime>
+#include <initializer_list>
 
 #include "driver/cuda_abi.h"
 #include "xla/ffi/api/c_api.h"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 
-class Leaf(NamedTuple):
+class Input(NamedTuple):
     """An array that the function is given, or closes over."""
 
     path: str
@@ -59,16 +59,16 @@ class Knowledge:
     - `tables`: leaves from which rows are gathered.
     """
 
-    leaves: list[Leaf]
+    leaves: list[Input]
     varying: set[int] = dataclasses.field(default_factory=set)
     weights: set[int] = dataclasses.field(default_factory=set)
     excluded: set[int] = dataclasses.field(default_factory=set)
     tables: set[int] = dataclasses.field(default_factory=set)
     given: bool = False  # which leaves vary was given, and is not learnt
 
-    def add(self, leaf: Leaf) -> int:
-        """The number of a new leaf."""
-        self.leaves.append(leaf)
+    def add(self, new: Input) -> int:
+        """The number of a new input_."""
+        self.leaves.append(new)
         return len(self.leaves) - 1
 
     def varies(self, origin: Origin) -> bool:

@@ -31,7 +31,7 @@ from .candidate import (
 )
 from .jaxprs import ENTERED, bodies, computes_cotangents, join_scopes, open_jaxpr, scan_counts
 from .logits import NONE, Axes, Logits
-from .origins import ELEMENTWISE_OR_SHAPE, NOWHERE, Knowledge, Leaf, Origin, merge
+from .origins import ELEMENTWISE_OR_SHAPE, NOWHERE, Input, Knowledge, Origin, merge
 from .plan import Found, Nested, Plan
 
 
@@ -64,7 +64,7 @@ class Planner:
             return NOWHERE if isinstance(atom, JaxprLiteral) else origins[atom]
 
         for v in jaxpr.constvars:
-            origins[v] = Origin(frozenset({self.knowledge.add(Leaf("", constant=True))}))
+            origins[v] = Origin(frozenset({self.knowledge.add(Input("", constant=True))}))
             if not jnp.issubdtype(v.aval.dtype, jnp.inexact):  # tokens, labels
                 self.knowledge.varying |= origins[v].leaves
         origins.update(zip(jaxpr.invars, ins, strict=True))

@@ -17,7 +17,7 @@ from jax.extend.core.primitives import dot_general_p
 from .._arrays.recipe import Recipe
 from .candidate import Candidate
 from .jaxprs import open_jaxpr, scan_counts
-from .origins import Knowledge, Leaf, Origin
+from .origins import Input, Knowledge, Origin
 from .plan import Found, Nested, Plan
 from .planner import Planner
 from .policy import AutocastPolicy
@@ -245,7 +245,7 @@ class Rewriter:
                 back = pull(every)
                 return [back[i] for i in floats]
 
-            cotangent = self.knowledge.add(Leaf("", constant=False))
+            cotangent = self.knowledge.add(Input("", constant=False))
             self.knowledge.varying.add(cotangent)
             flows = [cotangents[i] for i in flowing]
             origins = [*residual_origins, *[Origin(frozenset({cotangent}))] * len(flows)]

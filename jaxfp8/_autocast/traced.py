@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .origins import Knowledge, Leaf, Origin, is_data
+from .origins import Input, Knowledge, Origin, is_data
 from .policy import AutocastPolicy
 
 
@@ -103,7 +103,7 @@ class Traced:
                 text = names[rest[0].idx] + jax.tree_util.keystr(tuple(rest[1:]))
             elif kind.idx == 2:
                 text = str(rest[0].key) + jax.tree_util.keystr(tuple(rest[1:]))
-            leaves.append(Leaf(text.removeprefix("."), constant=of_owner))
+            leaves.append(Input(text.removeprefix("."), constant=of_owner))
             given = nums is not None and not of_owner
             if is_data(self.arrays[i]) or (given and not (kind.idx == 1 and rest[0].idx in nums)):
                 varying.add(i)

@@ -19,7 +19,7 @@ from .._autocast import jaxprs
 from .._autocast import planner as prods
 from .._autocast.candidate import dimensions
 from .._autocast.jaxprs import computes_cotangents, join_scopes, open_jaxpr
-from .._autocast.origins import Leaf, Origin
+from .._autocast.origins import Input, Origin
 from .._autocast.plan import Plan
 from .._autocast.policy import AutocastPolicy
 from .._autocast.rewriter import FP8_SCOPE, KEPT_SCOPE, fp8_scope
@@ -376,9 +376,9 @@ def _with_gradient(closed: Any, wanted: Sequence[int]) -> Any:
     return jax.make_jaxpr(run)(*(v.aval for v in closed.jaxpr.invars))
 
 
-def _without_dead_code(closed: Any) -> tuple[Any, list[Leaf]]:
+def _without_dead_code(closed: Any) -> tuple[Any, list[Input]]:
     """The program without what no result needs; constants come before its inputs."""
     jaxpr = closed.jaxpr
     opened = jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
     live, _ = partial_eval.dce_jaxpr(opened, [True] * len(jaxpr.outvars), instantiate=True)
-    return live, [Leaf("", constant=True)] * len(jaxpr.constvars)
+    return live, [Input("", constant=True)] * len(jaxpr.constvars)

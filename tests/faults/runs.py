@@ -102,7 +102,7 @@ def product(
     logical = {"lhs_scale": lhs.scale.shape, "rhs_scale": rhs.scale.shape}
     operands = {name: a.reshape(logical.get(name, a.shape)) for name, a in operands.items()}
     target = kind + ("_accum" if accum else "")
-    names = _ffi._C.configs(f"jaxfp8_{target}_v1")
+    names = _ffi.configs(target)
     results = {"out": (out, want.shape)}
     plan = kernel_launch.plan(
         target,

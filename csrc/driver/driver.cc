@@ -66,13 +66,8 @@ Device::Device(cuda::Stream stream)
   num_sms_ = driver_->num_sms(ordinal_);
 }
 
-void Device::prepare(const LaunchPlan& plan, uint64_t known_as) const {
+void Device::prepare(const LaunchPlan& plan) const {
   driver_->loader.ready(plan, context_.number(), ordinal_);
-  driver_->loader.remember(context_.number(), known_as);
-}
-
-bool Device::was_prepared(uint64_t known_as) const {
-  return driver_->loader.remembers(context_.number(), known_as);
 }
 
 void Device::execute(const LaunchPlan& plan) const {
@@ -124,6 +119,41 @@ void Device::execute(const LaunchPlan& plan) const {
     return "cuLaunchKernelEx(" + plan.kernel + ", grid " + to_string(plan.grid) + ", block " +
            to_string(plan.block) + ", cluster " + to_string(plan.cluster) +
            ", dynamic shared memory " + std::to_string(plan.dynamic_smem) + " bytes)";
+  });
+}
+
+namespace {
+
+// The driver and the number of the stream's context, to `use`; false where there is neither.
+template <class Use>
+bool in_context_of(cuda::Stream stream, Use use) noexcept {
+  try {
+    const std::shared_ptr<Driver> driver = current_driver();
+    cuda::Context context = nullptr;
+    uint64_t number = 0;
+    const cuda::Table& table = driver->api.table;
+    if (stream == nullptr || table.cuStreamGetCtx(stream, &context) != cuda::kSuccess ||
+        table.cuCtxGetId(context, &number) != cuda::kSuccess) {
+      return false;
+    }
+    return use(driver->loader, number);
+  } catch (const std::exception&) {
+    return false;  // the call itself meets the error again, and reports it
+  }
+}
+
+}  // namespace
+
+bool is_prepared(cuda::Stream stream, uint64_t known_as) noexcept {
+  return in_context_of(stream, [known_as](Loader& loader, uint64_t context) {
+    return loader.remembers(context, known_as);
+  });
+}
+
+void remember_prepared(cuda::Stream stream, uint64_t known_as) noexcept {
+  in_context_of(stream, [known_as](Loader& loader, uint64_t context) {
+    loader.remember(context, known_as);
+    return true;
   });
 }
 

@@ -38,9 +38,8 @@ class Device {
   bool emulated() const { return driver_->emulated; }
   CallHook hook() const { return driver_->hook; }  // null unless a test asked for it
 
-  // Loads the plan's kernel, if that is not done, and knows it in this context by a number.
-  void prepare(const LaunchPlan& plan, uint64_t known_as) const;
-  bool was_prepared(uint64_t known_as) const;
+  // Loads the plan's kernel, if that is not done.
+  void prepare(const LaunchPlan& plan) const;
   void execute(const LaunchPlan& plan) const;
 
  private:
@@ -50,5 +49,10 @@ class Device {
   cuda::Device ordinal_ = 0;
   int num_sms_ = 0;
 };
+
+// Whether a call, by a number that the caller gives it, was prepared in the stream's context. They
+// throw nothing: where the driver refuses, the call is not known.
+bool is_prepared(cuda::Stream stream, uint64_t known_as) noexcept;
+void remember_prepared(cuda::Stream stream, uint64_t known_as) noexcept;
 
 }  // namespace jaxfp8::driver

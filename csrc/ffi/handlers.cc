@@ -113,35 +113,14 @@ void execute(const Call& call, cuda::Stream stream) {
   device.execute(plan_call(call, device.num_sms()));
 }
 
-// What tells calls apart but their addresses, in 64 bits (FNV-1a of words).
-uint64_t fingerprint(const Call& call) {
-  uint64_t hash = 0xcbf29ce484222325;
-  const auto add = [&hash](uint64_t word) { hash = (hash ^ word) * 0x100000001b3; };
-  add(call.target - targets().data());
-  add(call.pow2 | call.activation << 1);
-  add(static_cast<uint64_t>(call.config) << 32 | static_cast<uint32_t>(call.num_sms));
-  for (const auto* arrays : {&call.operands, &call.results}) {
-    for (const Array& array : *arrays) {
-      add(array.dtype ? static_cast<uint64_t>(*array.dtype) : ~uint64_t{0});
-      for (size_t d = 0; d < array.rank; ++d) add(array.dims[d]);
-      add(array.rank);
-    }
-  }
-  return hash;
-}
-
-// XLA initializes before every execution: a call that was prepared is known by its fingerprint. If
-// two should share one, the second's kernel is left to its launch.
 void initialize(Call call, cuda::Stream stream) {
   driver::Device device(stream);
-  const uint64_t known_as = fingerprint(call);
-  if (device.was_prepared(known_as)) return;
   // Addresses are the execute stage's; which kernel it is does not depend on them.
   void* const somewhere = reinterpret_cast<void*>(uintptr_t{1} << 20);
   for (auto* arrays : {&call.operands, &call.results}) {
     for (Array& array : *arrays) array.data = somewhere;
   }
-  device.prepare(plan_call(call, device.num_sms()), known_as);
+  device.prepare(plan_call(call, device.num_sms()));
 }
 
 template <class Function>
@@ -198,10 +177,59 @@ std::unique_ptr<ffi::Ffi> make_handler(const Target& target) {
   }
 }
 
+// What tells calls apart but their addresses, in 64 bits (FNV-1a of words), without decoding them.
+uint64_t fingerprint(const XLA_FFI_CallFrame& frame, size_t target) {
+  uint64_t hash = 0xcbf29ce484222325;
+  const auto add = [&hash](uint64_t word) { hash = (hash ^ word) * 0x100000001b3; };
+  const auto add_buffers = [&add](void* const* buffers, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      const auto& buffer = *static_cast<const XLA_FFI_Buffer*>(buffers[i]);
+      add(static_cast<uint64_t>(buffer.dtype) << 32 | static_cast<uint32_t>(buffer.rank));
+      for (int64_t d = 0; d < buffer.rank; ++d) add(buffer.dims[d]);
+    }
+  };
+  add(target);
+  add_buffers(frame.args.args, frame.args.size);
+  add_buffers(frame.rets.rets, frame.rets.size);
+  for (int64_t i = 0; i < frame.attrs.size; ++i) {
+    if (frame.attrs.types[i] != XLA_FFI_AttrType_SCALAR) continue;  // the contract refuses others
+    const auto& scalar = *static_cast<const XLA_FFI_Scalar*>(frame.attrs.attrs[i]);
+    if (scalar.dtype == XLA_FFI_DataType_S32) add(*static_cast<const uint32_t*>(scalar.value));
+    if (scalar.dtype == XLA_FFI_DataType_PRED) add(*static_cast<const uint8_t*>(scalar.value));
+  }
+  return hash;
+}
+
+// The stream of a call, null where there is none.
+cuda::Stream stream_of(const XLA_FFI_CallFrame& frame) {
+  XLA_FFI_Stream_Get_Args get{XLA_FFI_Stream_Get_Args_STRUCT_SIZE, nullptr, frame.ctx, nullptr};
+  if (XLA_FFI_Error* error = frame.api->XLA_FFI_Stream_Get(&get)) {
+    XLA_FFI_Error_Destroy_Args destroy{XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, nullptr, error};
+    frame.api->XLA_FFI_Error_Destroy(&destroy);
+    return nullptr;
+  }
+  return static_cast<cuda::Stream>(get.stream);
+}
+
+// XLA initializes before every execution, also of a command buffer: a call that was prepared is
+// known by its fingerprint. If two should share one, the second's kernel is left to its launch.
+template <size_t kTarget>
+XLA_FFI_Error* initialize_once(const ffi::Ffi& handler, XLA_FFI_CallFrame* frame) {
+  if (frame->extension_start != nullptr)
+    return handler.Call(frame);  // a question about the handler
+  const cuda::Stream stream = stream_of(*frame);
+  const uint64_t known_as = fingerprint(*frame, kTarget);
+  if (driver::is_prepared(stream, known_as)) return nullptr;
+  XLA_FFI_Error* error = handler.Call(frame);
+  if (error == nullptr) driver::remember_prepared(stream, known_as);
+  return error;
+}
+
 template <Stage kStage, size_t kTarget>
 XLA_FFI_Error* handle(XLA_FFI_CallFrame* frame) {
   // Never destroyed: XLA's threads may outlive static objects.
   static const ffi::Ffi* handler = make_handler<kStage>(targets()[kTarget]).release();
+  if constexpr (kStage == Stage::kCudaInitialize) return initialize_once<kTarget>(*handler, frame);
   return handler->Call(frame);
 }
 

@@ -44,8 +44,16 @@ def test_steps_and_mixture_blocks_become_rows_of_ratios():
     assert "| mlp | 150.0 | 1.40x | 30.0 |" in rows
     assert "| mlp, remat full | 184.0 | 1.25x | 30.0 |" in rows  # over BF16 under the same policy
     assert readme.step_gain({"results": results}) == "1.40 to 1.40x"  # without remat
-    block = {"name": "32 experts", "ms": 22.0, "products_ms": 16.0, "bf16_ms": 55.0}
-    assert "| 32 experts | 22.00 | 1.38 | 2.50x |" in readme.blocks(result | {"blocks": [block]})
+    block = {
+        "name": "32 experts",
+        "ms": 22.0,
+        "pieces_ms": 23.0,
+        "products_ms": 16.0,
+        "bf16_ms": 55.0,
+    }
+    for side, products in (("tokamax", "tokamax"), ("bf16", "jax.lax.ragged_dot")):
+        rows = readme.blocks(result | {"blocks": [block | {"bf16_side": side}]})
+        assert f"| 32 experts | 22.00 | 23.00 | 16.00 | 55.00 | {products} |" in rows
 
 
 def test_every_shape_of_deepgemms_lists_is_measured():

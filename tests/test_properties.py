@@ -46,6 +46,7 @@ ELSEWHERE = {
         "test_transformations.py",
         "test_offloaded_residuals_lie_in_host_memory",
     ),
+    "moe": ("test_moe.py", "test_values_and_gradients_are_those_of_quantized_products"),
     "export.disabled_checks": (
         "test_export.py",
         "test_without_the_listed_checks_jax_refuses_and_with_them_others_stay",

@@ -79,7 +79,8 @@ def bf16_dot(x, w):
 
 
 def swiglu(dot, x, up, down):
-    gate, value = jnp.split(dot(x, up.reshape(up.shape[0], -1)), 2, -1)
+    up = up if up.ndim == 2 else up.reshape(up.shape[0], -1)
+    gate, value = jnp.split(dot(x, up), 2, -1)
     return dot(jax.nn.silu(gate) * value, down)
 
 

@@ -1,11 +1,13 @@
 """What XLA makes of our programs on one H200 and on many: compiled for them here, read, not run."""
 
 import collections
+import functools
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 pytest.importorskip("jax_plugins.xla_cuda13", reason="pip install -e '.[compiled]'")
@@ -190,3 +192,55 @@ def test_sums_of_a_chunk_come_back_beside_the_products_of_others():
     sums = [c for c in moved if c.kind == "all-to-all" and c.arrays[0].dtype == "bf16"]
     assert len(sums) == 8
     assert sum(bool(c.products) for c in sums) >= 6
+
+
+# ------------------------------------------------------------------------------------------------
+# Many GPUs: what moves, and how wide
+# ------------------------------------------------------------------------------------------------
+
+MESHES = {"8": (8, 1), "64": (64, 8)}  # devices, hosts
+STEPS = {  # and bytes a parameter: by hand without remat a weight is gathered once, and kept
+    "automatic": (compiled_programs.fsdp, AxisType.Auto, 4),
+    "explicit": (compiled_programs.fsdp, AxisType.Explicit, 4),
+    "shard_map": (compiled_programs.fsdp_shard_map, AxisType.Auto, 3),
+}
+
+
+def bytes_a_parameter(program, size=compiled_programs.LLAMA):
+    """What a device receives in a step for each element of the layers' weights, were it all of them."""
+    moved = sum(c.times * c.moved for c in program.collectives())
+    devices = max(c.devices for c in program.collectives())
+    return moved / (size.layers * compiled_programs.parameters_of(size)) * devices / (devices - 1)
+
+
+@functools.cache
+def fsdp_program(products, form, devices):
+    build, axis_type, _ = STEPS[form]
+    mesh = compiled.mesh({"data": MESHES[devices][0]}, MESHES[devices][1], (axis_type,))
+    with jaxfp8.Recipe(wgrad_dtype=jnp.bfloat16):
+        function, args = build(products, mesh)
+        expected = compiled.expected_calls(function.trace(*args).jaxpr)
+        return compiled.compile_for(function, *args), expected
+
+
+@pytest.mark.parametrize("devices", MESHES)
+@pytest.mark.parametrize("form", STEPS)
+@pytest.mark.parametrize("products", ["linear", "mlp"])
+def test_fsdp_gathers_weights_in_fp8_and_sums_gradients_in_bfloat16(products, form, devices):
+    """Two gathers of a byte and a sum of two: 4 bytes a parameter, where BF16 moves 6. Each call runs once."""
+    program, expected = fsdp_program(products, form, devices)
+    for c in program.collectives():
+        for a in c.arrays:
+            small = a.bytes < 1 << 20  # scales, their maxima, the loss
+            wide = c.kind == "all-gather" and a.dtype not in ("f8e4m3fn", "u8", "s8")
+            assert small or not wide, (c.kind, str(a))
+            assert small or c.kind != "reduce-scatter" or a.dtype == "bf16", str(a)
+    assert bytes_a_parameter(program) == pytest.approx(STEPS[form][2], abs=0.05)
+    if devices == "64":  # half blocks: quantized by XLA's operations
+        expected.pop(_ffi.target("quantize_weight"), None)
+    assert program.calls() == expected
+
+
+def test_bf16_moves_six_bytes_a_parameter():
+    program, _ = fsdp_program("bf16", "automatic", "64")
+    assert bytes_a_parameter(program) == pytest.approx(6, abs=0.05)

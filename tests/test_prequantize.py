@@ -271,14 +271,14 @@ def test_experts_are_gathered_over_any_axis():
     assert_same_bits(jax.jit(gathered)(EXPERTS, EXPERTS), [want, want])
 
 
-def test_a_gather_that_would_cut_blocks_is_refused():
+def test_a_gather_of_quantized_shards_that_cut_blocks_is_refused():
     f = jax.shard_map(
-        lambda w: jaxfp8.all_gather_weight(w, "d", axis=-1).bits_nn,
+        lambda w: jaxfp8.all_gather_weight(jaxfp8.prequantize(w), "d", axis=-1).bits_nn,
         mesh=mesh_of("2"),
         in_specs=P(None, "d"),
         out_specs=P(),
         check_vma=False,
     )
-    message = r"N=192 on each of 2 devices, which cuts blocks of 128; allowed: a multiple of 128: shard the other"
+    message = r"N=192 on each of 2 devices, which cuts blocks of 128 whose scales a QuantizedWeight has already"
     with pytest.raises(ValueError, match=message):
         f(W)

@@ -64,39 +64,56 @@ def quantize_blocks(x, block, dtype, pow2):
     One reduction over the magnitudes as integers orders finite values, then infinity, then NaN; a floating-point
     maximum may lose NaN (XLA:CPU's does).
     """
-    top = float(jnp.finfo(dtype).max)
     *lead, m, k = x.shape
     rows, columns = block
     blocks_m, blocks_k = -(-m // rows), -(-k // columns)
-    if x.dtype != jnp.float32:
-        # Else XLA may drop a rounding to bfloat16 just before, and jit would differ from eager.
-        x = lax.optimization_barrier(x).astype(jnp.float32)
     pad = [(0, 0)] * len(lead) + [(0, blocks_m * rows - m), (0, blocks_k * columns - k)]
-    x = jnp.pad(x, pad).reshape(*lead, blocks_m, rows, blocks_k, columns)
-    magnitude = lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
-    subnormal = magnitude < 0x00800000
-    x = jnp.where(subnormal, 0.0, x)
-    top_bits = jnp.max(jnp.where(subnormal, 0, magnitude), axis=(-3, -1), initial=0)
-    amax = lax.bitcast_convert_type(top_bits, jnp.float32)
+    x = jnp.pad(to_float32(x), pad).reshape(*lead, blocks_m, rows, blocks_k, columns)
+    scale = block_scales(top_magnitudes(x, (-3, -1)), dtype, pow2)
+    data = encode(x, scale[..., :, None, :, None], dtype)
+    return data.reshape(*lead, blocks_m * rows, blocks_k * columns)[..., :m, :k], scale
 
+
+def to_float32(x):
+    """x in float32. Behind a barrier: XLA may else drop a rounding just before, and jit would differ from eager."""
+    return x if x.dtype == jnp.float32 else lax.optimization_barrier(x).astype(jnp.float32)
+
+
+_LEAST_NORMAL_BITS = 0x00800000
+
+
+def _magnitudes(x):
+    return lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
+
+
+def top_magnitudes(x, axes):
+    """The largest magnitude of float32 x over `axes`, as int32 bits; subnormals count as zero."""
+    bits = _magnitudes(x)
+    return jnp.max(jnp.where(bits < _LEAST_NORMAL_BITS, 0, bits), axis=axes, initial=0)
+
+
+def block_scales(top_bits, dtype, pow2):
+    """float32 scales of blocks with these largest magnitudes; NaN of a block that is not finite."""
+    top = float(jnp.finfo(dtype).max)
+    amax = lax.bitcast_convert_type(top_bits, jnp.float32)
     scale = jnp.maximum(amax * (np.float32(1) / np.float32(top)), SMALLEST_NORMAL)
     if pow2:
         bits = lax.bitcast_convert_type(scale, jnp.uint32)
         bits = (bits + np.uint32(0x007FFFFF)) & np.uint32(0xFF800000)
         scale = lax.bitcast_convert_type(bits, jnp.float32)
-    nonfinite = top_bits >= 0x7F800000
     scale = jnp.where(top_bits == 0, np.float32(1), scale)
-    scale = jnp.where(nonfinite, np.float32(np.nan), scale)
+    return jnp.where(top_bits >= 0x7F800000, np.float32(np.nan), scale)
 
-    def spread(v):
-        return v[..., :, None, :, None]
 
+def encode(x, scale, dtype):
+    """FP8 data of float32 x, for scales of `block_scales` that broadcast to it."""
+    top = float(jnp.finfo(dtype).max)
+    x = jnp.where(_magnitudes(x) < _LEAST_NORMAL_BITS, 0.0, x)
     # Clip first: a JAX cast to float8_e4m3fn overflows to NaN.
-    data = jnp.clip(x * spread(1 / scale), -top, top).astype(dtype)
+    data = jnp.clip(x * (1 / scale), -top, top).astype(dtype)
     data = lax.bitcast_convert_type(data, jnp.uint8)
-    data = jnp.where(spread(nonfinite), NAN_CODE, data)
-    data = lax.bitcast_convert_type(data, dtype)
-    return data.reshape(*lead, blocks_m * rows, blocks_k * columns)[..., :m, :k], scale
+    data = jnp.where(jnp.isnan(scale), NAN_CODE, data)
+    return lax.bitcast_convert_type(data, dtype)
 
 
 def dequantize_blocks(data, scale, block):

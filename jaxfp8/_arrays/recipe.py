@@ -52,6 +52,11 @@ class Recipe:
       in bfloat16.
     - `grad_scale_format`: the same for gradients; None takes `scale_format`.
     - `num_sms`: multiprocessors that a product may use on a GPU, or None for all. Leaves room for communication.
+    - `wgrad_dtype`: float32, or bfloat16: weight gradients are then made in bfloat16, and summed in it over the devices
+      that each have a part of the tokens. Half the bytes of that sum; each of n parts and of the n - 1 sums rounds to
+      8 bits. (In float32 a gradient is made in the weight's dtype, and partial ones in float32.)
+    - `reduce_dtype`: the same of what devices sum in results and input gradients, where they cut a contraction (the
+      rows of a weight in tensor parallelism).
 
     **Raises:** TypeError or ValueError for anything else.
     """
@@ -63,6 +68,8 @@ class Recipe:
     scale_format: ScaleFormat = "float32"
     grad_scale_format: ScaleFormat | None = None
     num_sms: int | None = None
+    wgrad_dtype: Any = jnp.float32
+    reduce_dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -72,6 +79,8 @@ class Recipe:
         if self.grad_scale_format is not None:
             scale_format_name("Recipe: grad_scale_format", self.grad_scale_format)
         check_num_sms("Recipe", self.num_sms)
+        for field in ("wgrad_dtype", "reduce_dtype"):
+            put(self, field, _sum_dtype(f"Recipe: {field}", getattr(self, field)))
 
     def __repr__(self) -> str:
         def text(value):
@@ -89,10 +98,26 @@ class Recipe:
     def __exit__(self, *exc: Any) -> None:
         _blocks.stack.pop().__exit__(*exc)
 
+    def made_in(self, weight_dtype: Any) -> np.dtype:
+        """The dtype in which the gradient of a weight of this dtype is made."""
+        made = np.dtype(self.wgrad_dtype)
+        return made if made == jnp.bfloat16 else np.dtype(weight_dtype)
+
     @property
     def backward_scale_format(self) -> ScaleFormat:
         """Scale format of gradients."""
         return self.scale_format if self.grad_scale_format is None else self.grad_scale_format
+
+
+def _sum_dtype(argument: str, dtype: Any) -> np.dtype:
+    """`dtype` as float32 or bfloat16, or TypeError."""
+    try:
+        found = jnp.dtype(dtype)
+    except (TypeError, ValueError):
+        found = None
+    if found not in (np.dtype(jnp.float32), np.dtype(jnp.bfloat16)):
+        raise TypeError(f"{argument} is {dtype!r}; allowed: float32, bfloat16")
+    return found
 
 
 def check_num_sms(function: str, num_sms: Any) -> None:

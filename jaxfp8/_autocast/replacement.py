@@ -77,6 +77,7 @@ def _activation_first(product, dims, x, w, sharding, recipe) -> jax.Array:
         (*batch, *rows, "n"),
         product.out_dtype,
         num_sms=recipe.num_sms,
+        sum_dtype=recipe.reduce_dtype,
     )
     return y.reshape(*x.shape[: len(batch)], *x_sizes, *w_sizes)
 
@@ -92,7 +93,8 @@ def _weight_gradient(dims, dy, x, out_dtype, recipe) -> jax.Array:
         )
     ]
     left, right = columns
-    y = gemm_product(left, right, ("n", "k"), out_dtype, num_sms=recipe.num_sms)
+    options = {"num_sms": recipe.num_sms, "sum_dtype": recipe.wgrad_dtype}
+    y = gemm_product(left, right, ("n", "k"), out_dtype, **options)
     return y.reshape([v.shape[a] for v, f in ((dy, dims.free[0]), (x, dims.free[1])) for a in f])
 
 

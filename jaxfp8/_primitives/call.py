@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
+
 
 class Call(NamedTuple):
     """The static part of an operation: names of the dimensions of operands and results, and attributes.
@@ -16,6 +18,7 @@ class Call(NamedTuple):
     outs: tuple[tuple[str, ...], ...]
     attributes: tuple[tuple[str, object], ...] = ()
     wanted: tuple = ()  # explicit meshes: (name, mesh axes) that the result should have
+    sum_dtype: np.dtype = np.dtype(np.float32)  # in which devices sum a product's results
 
     @property
     def names(self) -> list[str]:

@@ -75,6 +75,7 @@ def explicit_axes(type_, dims) -> tuple:
 
 def like_primal(cotangent, primal):
     """A cotangent in its primal's type. What it varies in agrees already: Operation matched the operands."""
+    cotangent = cotangent.astype(primal.dtype)
     if is_explicit(primal):
         cotangent = jax.sharding.reshard(cotangent, primal.sharding)
     return cotangent

@@ -20,6 +20,7 @@ class Plan(NamedTuple):
     outs: list  # specs that the results then have
     sum: tuple  # mesh axes to sum the local result over
     scatter: tuple  # (dimension, mesh axes): the sum that leaves the result sharded; () for none
+    cut: dict  # mesh axes by name, where shards cut blocks: their scales are everywhere
 
 
 def axes_by_name(all_dims, specs) -> dict[str, list[tuple]]:
@@ -32,8 +33,8 @@ def axes_by_name(all_dims, specs) -> dict[str, list[tuple]]:
     return found
 
 
-def make_plan(mesh, call: Call, sizes, given, wanted, pinned) -> Plan:
-    """Mesh axes for every name: results first, then contractions; a shard owns whole 128-blocks.
+def make_plan(mesh, call: Call, sizes, given, wanted, pinned, cuts=False) -> Plan:
+    """Mesh axes for every name: results first, then contractions; a shard owns whole 128-blocks, unless it `cuts` them.
 
     `given`: axes by name in the operands. `wanted`: axes by name in the result; what it does not name follows `given`.
     """
@@ -41,10 +42,12 @@ def make_plan(mesh, call: Call, sizes, given, wanted, pinned) -> Plan:
     def first(found):
         return next(filter(None, found), ())
 
+    def divides(name, axes, unit):
+        return sizes[name] % (unit * math.prod(mesh.shape[a] for a in axes)) == 0
+
     def fits(name, axes):
-        shards = math.prod(mesh.shape[a] for a in axes)
-        unit = BLOCK if name in call.blocked else 1
-        return name not in pinned and sizes[name] % (shards * unit) == 0
+        unit = BLOCK if name in call.blocked and not cuts else 1
+        return name not in pinned and divides(name, axes, unit)
 
     axes: dict[str, tuple] = {}
     used: set = set()
@@ -76,23 +79,26 @@ def make_plan(mesh, call: Call, sizes, given, wanted, pinned) -> Plan:
 
     whole = call.outs[0][scatter[0]] if scatter else None  # sharded in the result only
 
+    cut = {n: a for n, a in axes.items() if n in call.blocked and a and not divides(n, a, BLOCK)}
+
     def spec(dims, whole=None):
-        return to_spec([() if d.rstrip("/") == whole else axes[d.rstrip("/")] for d in dims])
+        uncut = {whole, *(f"{n}/" for n in cut)}
+        return to_spec([() if uncut & {d, d.rstrip("/")} else axes[d.rstrip("/")] for d in dims])
 
     outs = [spec(d) for d in call.outs]
     ins = [spec(d) if d in call.outs else spec(d, whole) for d in call.ins]  # accum is like out
-    return Plan(ins, outs, total, scatter)
+    return Plan(ins, outs, total, scatter, cut)
 
 
-def _splits_an_axis(blocks: int, axis_sizes) -> bool:
-    """Whether some mesh axes, in the mesh's order, would cut this many blocks with a part of an axis.
+def _cuts_blocks(blocks: int, axis_sizes, together: bool) -> bool:
+    """Whether a mesh axis would cut this many blocks; `together`: or several would, each taking a part of what is left.
 
-    Four devices over two blocks: Shardy gives the scales half of the axis, which JAX cannot express as a spec.
+    Four devices over two blocks: Shardy would give their scales half of the axis, of which no spec of JAX's tells.
     """
     left = {blocks}
     for size in axis_sizes:
         common = {n: math.gcd(n, size) for n in left}
-        if any(1 < c < size for c in common.values()):
+        if any(c < size and (c > 1 or together or n == blocks) for n, c in common.items()):
             return True
         left |= {n // c for n, c in common.items()}
     return False
@@ -101,15 +107,17 @@ def _splits_an_axis(blocks: int, axis_sizes) -> bool:
 def sharding_rule(call: Call, sizes, axis_sizes) -> SdyShardingRule:
     """The same names as a Shardy rule. A blocked name is block count x 128, if it is made of whole blocks.
 
-    (Of more than one: Shardy rejects a factor of size 1 next to another.) Else its scales are on their own.
+    (Of more than one: Shardy rejects a factor of size 1 next to another.) Else, and where an axis could cut blocks,
+    which block counts would not let it, its scales are on their own: square blocks' are a 4096th of the data.
     """
+    square = any(sum(d.endswith("/") for d in dims) > 1 for dims in call.outs)
     whole = {
         n
         for n in call.blocked
         if n in sizes
         and sizes[n] > BLOCK
         and sizes[n] % BLOCK == 0
-        and not _splits_an_axis(sizes[n] // BLOCK, axis_sizes)
+        and not _cuts_blocks(sizes[n] // BLOCK, axis_sizes, square)
     }
     factor = {n: f"f{i}" for i, n in enumerate(call.names)}
 

@@ -19,6 +19,7 @@ from .leaf import Leaf
 from .mesh import full_spec, match_varying, mesh_of, result_type
 from .operation import Operation
 from .partition import axes_by_name, make_plan, sharding_rule
+from .tiles import in_axes
 
 
 def _reduce(y, *, axes, scatter, shards):
@@ -41,17 +42,23 @@ reduce_shards = Leaf("jaxfp8_reduce_shards", _reduce, types=_reduce_types)
 class Kernel(Operation):
     """An operation on quantized data: `local(*arrays, call=...)` computes one shard, the rest follows from the names.
 
-    **Arguments:** as `Operation`, and `pinned`: names that are never sharded.
+    **Arguments:** as `Operation`, and
+
+    - `pinned`: names that are never sharded.
+    - `agreed`: `(*arrays, call=..., cut=...)`, a quantizer's shard where shards cut blocks: `cut` has the mesh axes
+      that cut a name, over which the devices agree on scales. None gathers such operands.
     """
 
-    def __init__(self, name, local, *, pinned=(), together=()):
-        self.local, self.pinned = local, frozenset(pinned)
+    def __init__(self, name, local, *, pinned=(), together=(), agreed=None):
+        self.local, self.pinned, self.agreed = local, frozenset(pinned), agreed
 
         def whole(call, *arrays):
             return tuple(local(*arrays, call=call))
 
         self.partitioned = custom_partitioning(whole, static_argnums=(0,))
-        self.partitioned.def_partition(partition=self._partition, sharding_rule=self._sharding_rule)
+        self.partitioned.def_partition(
+            partition=self._partition, sharding_rule=self._sharding_rule, decode_shardings=False
+        )
         super().__init__(name, self._dispatch, together=together)
 
     def _batch(self, arrays, axes, *, call, jaxpr):
@@ -84,12 +91,14 @@ class Kernel(Operation):
         return list(self.partitioned(call, *arrays))
 
     def _shard(self, mesh, plan, call):
-        """The function of one shard: the local kernel, then the sum over shards, in float32."""
+        """The function of one shard: the local kernel, then the sum over shards."""
 
         def run(*arrays):
+            if plan.cut:
+                return tuple(self.agreed(*match_varying(arrays), call=call, cut=plan.cut))
             if not (plan.sum or plan.scatter):
                 return tuple(self.local(*match_varying(arrays), call=call))
-            exact = call.with_attribute("out_dtype", np.dtype("float32"))
+            exact = call.with_attribute("out_dtype", call.sum_dtype)
             factors, accum = list(arrays), []
             if call.has_accumulator:  # added after the sum, once
                 exact, accum = exact._replace(ins=exact.ins[:-1]), [factors.pop()]
@@ -107,11 +116,15 @@ class Kernel(Operation):
 
         return run
 
+    def _plan(self, mesh, call, operands, given, wanted):
+        cuts = self.agreed is not None
+        return make_plan(mesh, call, call.sizes(operands), given, wanted, self.pinned, cuts)
+
     def _by_type(self, mesh, explicit, arrays, call):
         specs = [full_spec(jax.typeof(x).sharding.spec, x.ndim) for x in arrays]
         given = axes_by_name(call.ins, specs)
         wanted = {n: [axes] for n, axes in call.wanted}
-        plan = make_plan(mesh, call, call.sizes(arrays), given, wanted, self.pinned)
+        plan = self._plan(mesh, call, arrays, given, wanted)
         placed = [
             jax.sharding.reshard(x, NamedSharding(mesh, s))
             for x, s in zip(arrays, plan.ins, strict=True)
@@ -129,13 +142,11 @@ class Kernel(Operation):
 
     def _partition(self, call, mesh, operands, results):
         results = results if isinstance(results, (tuple, list)) else [results]
-
-        def specs_of(types):
-            return [full_spec(t.sharding.spec, len(t.shape)) for t in types]
-
-        given = axes_by_name(call.ins, specs_of(operands))
-        wanted = axes_by_name(call.outs, specs_of(results))
-        plan = make_plan(mesh, call, call.sizes(operands), given, wanted, self.pinned)
+        types = [*operands, *results]
+        mesh, specs = in_axes(mesh, [t.sharding for t in types], [len(t.shape) for t in types])
+        given = axes_by_name(call.ins, specs[: len(operands)])
+        wanted = axes_by_name(call.outs, specs[len(operands) :])
+        plan = self._plan(mesh, call, operands, given, wanted)
         ins, outs = ([NamedSharding(mesh, s) for s in side] for side in (plan.ins, plan.outs))
         return mesh, self._shard(mesh, plan, call), tuple(outs), tuple(ins)
 

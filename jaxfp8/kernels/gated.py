@@ -11,7 +11,8 @@ from .grouped_gemm import grouped_kernel, grouped_wgrad_kernel
 
 def _gated(kernel: Kernel, name) -> Kernel:
     pinned = (*kernel.pinned, TWO)
-    return Kernel(name, gated(kernel.local), pinned=pinned, together=kernel.together)
+    together, agreed = kernel.together, kernel.agreed
+    return Kernel(name, gated(kernel.local), pinned=pinned, together=together, agreed=agreed)
 
 
 gated_gemm_kernel = _gated(gemm_kernel, "jaxfp8_gemm_gated")

@@ -162,15 +162,17 @@ def product(
     config=None,
     accum=None,
     wanted=(),
+    sum_dtype=np.float32,
     kernel=gemm_kernel,
 ):
-    """The product of two named quantized arrays, summed over the names that `out` lacks."""
+    """The product of two named quantized arrays over the names that `out` lacks; devices sum in `sum_dtype`."""
     ins: tuple[tuple[str, ...], ...] = (lhs.dims, lhs.scale_dims, rhs.dims, rhs.scale_dims)
     operands = [lhs.array.data, lhs.array.scale, rhs.array.data, rhs.array.scale]
     if accum is not None:
         ins, operands = (*ins, out), [*operands, accum]
     kernel_dtype = out_dtype if np.dtype(out_dtype) in checks.OUTPUT_DTYPES else np.float32
     call = Call(ins, (out,), product_attributes(kernel_dtype, num_sms, config), wanted)
+    call = call._replace(sum_dtype=np.dtype(sum_dtype))
     return kernel(*operands, call=call)[0].astype(out_dtype)
 
 

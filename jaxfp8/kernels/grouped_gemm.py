@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from .._arrays import checks
@@ -156,8 +157,9 @@ def grouped_product(
     num_sms=None,
     config=None,
     accum=None,
+    sum_dtype=np.float32,
 ):
-    """The product of two named quantized arrays and group sizes."""
+    """The product of two named quantized arrays and group sizes; over devices summed in `sum_dtype`."""
     ins: tuple[tuple[str, ...], ...]
     ins = (lhs.dims, lhs.scale_dims, rhs.dims, rhs.scale_dims, sizes_dims)
     operands = [lhs.array.data, lhs.array.scale, rhs.array.data, rhs.array.scale, sizes]
@@ -165,6 +167,7 @@ def grouped_product(
         ins, operands = (*ins, out), [*operands, accum]
     kernel_dtype = out_dtype if out_dtype in checks.OUTPUT_DTYPES else jnp.float32
     call = Call(ins, (out,), product_attributes(kernel_dtype, num_sms, config))
+    call = call._replace(sum_dtype=np.dtype(sum_dtype))
     return kernel(*operands, call=call)[0].astype(out_dtype)
 
 

@@ -23,6 +23,7 @@ from .._primitives.leaf import Leaf, once
 from .._primitives.mesh import is_explicit
 from .._primitives.sharded_operation import Kernel
 from ._mapped import mapped
+from .agreed import agreed_quantizer
 from .named import ROW_SCALE, Named, named, scale_dims_of
 from .tokens import cuts_blocks, order_tokens, ragged_dims, reference_ragged_columns
 
@@ -149,11 +150,11 @@ def _leaf_local(leaf):
     return lambda *arrays, call: leaf(*arrays, **dict(call.attributes))
 
 
-rows_kernel = Kernel("jaxfp8_quantize_rows", _rows_local)
-columns_kernel = Kernel("jaxfp8_quantize_columns", _columns_local)
-both_kernel = Kernel("jaxfp8_quantize_both", _both_local)
-blocks_kernel = Kernel("jaxfp8_quantize_blocks", _blocks_local)
-weight_kernel = Kernel("jaxfp8_quantize_weight", _weight_local)
+rows_kernel = Kernel("jaxfp8_quantize_rows", _rows_local, agreed=agreed_quantizer)
+columns_kernel = Kernel("jaxfp8_quantize_columns", _columns_local, agreed=agreed_quantizer)
+both_kernel = Kernel("jaxfp8_quantize_both", _both_local, agreed=agreed_quantizer)
+blocks_kernel = Kernel("jaxfp8_quantize_blocks", _blocks_local, agreed=agreed_quantizer)
+weight_kernel = Kernel("jaxfp8_quantize_weight", _weight_local, agreed=agreed_quantizer)
 ragged_columns_kernel = Kernel(
     "jaxfp8_quantize_ragged_columns",
     mapped(_leaf_local(quantize_ragged_columns_leaf)),

@@ -37,6 +37,7 @@ def _forward(x, weight, call: Call):
         call.get("out_dtype"),
         num_sms=recipe.num_sms,
         wanted=call.wanted,
+        sum_dtype=recipe.reduce_dtype,
     )
     return [once(y)]
 
@@ -101,14 +102,17 @@ def _dot_bwd(call: Call, types, residuals, cotangents):
     # A weight-only batch dimension is summed here; every other sum is a contraction of the kernel.
     dx_dims = out[:-1] + (k,)
     wanted = explicit_axes(x_type, x_dims)
-    dx = product(dy_rows, nn, dx_dims, x_type.dtype, num_sms=recipe.num_sms, wanted=wanted)
+    multiply = functools.partial(product, num_sms=recipe.num_sms)
+    sum_dtype = recipe.reduce_dtype
+    dx = multiply(dy_rows, nn, dx_dims, x_type.dtype, wanted=wanted, sum_dtype=sum_dtype)
     dx = sum_to(dx, dx_dims, x_dims)
 
     tokens = dy_columns.dims[dy_columns.dims.index(n) + 1 :]
     dims = tuple(d for d in x_dims[:-1] if d in w_dims) + (k,) + tokens
     columns = load(residuals[1], forward.dtype, dims, ROW)
     wanted = explicit_axes(w_type, w_dims)
-    dw = product(columns, dy_columns, w_dims, w_type.dtype, num_sms=recipe.num_sms, wanted=wanted)
+    made, sum_dtype = recipe.made_in(w_type.dtype), recipe.wgrad_dtype
+    dw = multiply(columns, dy_columns, w_dims, made, wanted=wanted, sum_dtype=sum_dtype)
     return like_primal(dx, x_type), like_primal(dw, w_type), *(None for _ in quantized)
 
 

@@ -44,17 +44,27 @@ def _down_tokens(call: Call):
     return tuple(d for d in _lead(call) if d not in call.ins[2])
 
 
+def _product(call: Call, *operands, **options):
+    """A product of activations or of their gradients."""
+    recipe: Recipe = call.get("recipe")
+    return product(*operands, num_sms=recipe.num_sms, sum_dtype=recipe.reduce_dtype, **options)
+
+
+def _weight_gradient(call: Call, lhs, rhs, dims, type_, **options):
+    recipe: Recipe = call.get("recipe")
+    options |= {"num_sms": recipe.num_sms, "sum_dtype": recipe.wgrad_dtype}
+    wanted = explicit_axes(type_, dims)
+    return product(lhs, rhs, dims, recipe.made_in(type_.dtype), wanted=wanted, **options)
+
+
 def _hidden(x_rows, up_nt, call: Call):
-    num_sms = call.get("recipe").num_sms
-    dims, dtype = _hidden_dims(call), call.get("hidden_dtype")
-    h = product(x_rows, up_nt, dims, dtype, num_sms=num_sms, kernel=gated_gemm_kernel)
-    return once(h)
+    multiply = functools.partial(_product, call, kernel=gated_gemm_kernel)
+    return once(multiply(x_rows, up_nt, _hidden_dims(call), call.get("hidden_dtype")))
 
 
 def _result(rows, down_nt, call: Call):
-    num_sms, dtype = call.get("recipe").num_sms, call.get("out_dtype")
-    y = product(rows, down_nt, call.outs[0], dtype, num_sms=num_sms, wanted=call.wanted)
-    return [once(y)]
+    dtype = call.get("out_dtype")
+    return [once(_product(call, rows, down_nt, call.outs[0], dtype, wanted=call.wanted))]
 
 
 def _mlp_body(x, w_up, w_down, *quantized, call: Call):
@@ -99,7 +109,7 @@ def _mlp_bwd(call: Call, types, residuals, cotangents):
     saved_up, saved_down, saved_x, saved_columns, h = residuals
     lead, h_dims = _lead(call), _hidden_dims(call)
     up_nn, down_nn = load_weights(saved_up, saved_down, quantized, call)
-    multiply = functools.partial(product, num_sms=recipe.num_sms)
+    multiply = functools.partial(_product, call)
 
     # A weight-only batch dimension is summed here; every other sum is a contraction of the kernel.
     tokens = _down_tokens(call)
@@ -111,21 +121,19 @@ def _mlp_bwd(call: Call, types, residuals, cotangents):
 
     batch = tuple(d for d in lead if d in down_dims)
     columns = _columns_of(saved_columns, forward.dtype, batch, ("f",), dy_columns)
-    wanted = explicit_axes(down_type, down_dims)
-    dw_down = multiply(columns, dy_columns, down_dims, down_type.dtype, wanted=wanted)
+    dw_down = _weight_gradient(call, columns, dy_columns, down_dims, down_type)
 
     dh_rows, dh_columns = act.activation_grad(
         h, h_dims, da, _up_tokens(call), gradient, call.get("activation")
     )
-    dx_dims = lead + ("k",)
-    multiply = functools.partial(multiply, kernel=gated_gemm_kernel)
-    dx = multiply(dh_rows, up_nn, dx_dims, x_type.dtype, wanted=explicit_axes(x_type, x_dims))
+    dx_dims, of_up = lead + ("k",), {"kernel": gated_gemm_kernel}
+    wanted = explicit_axes(x_type, x_dims)
+    dx = multiply(dh_rows, up_nn, dx_dims, x_type.dtype, wanted=wanted, **of_up)
     dx = sum_to(dx, dx_dims, x_dims)
 
     batch = tuple(d for d in x_dims[:-1] if d in up_dims)
     x_columns = _columns_of(saved_x, forward.dtype, batch, ("k",), dh_columns)
-    wanted = explicit_axes(up_type, up_dims)
-    dw_up = multiply(x_columns, dh_columns, up_dims, up_type.dtype, wanted=wanted)
+    dw_up = _weight_gradient(call, x_columns, dh_columns, up_dims, up_type, **of_up)
     return (
         like_primal(dx, x_type),
         like_primal(dw_up, up_type),

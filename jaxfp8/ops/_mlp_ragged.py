@@ -24,8 +24,9 @@ from ._residuals import PRE_ACTIVATION_NAME, load, save
 
 
 def _ragged_product(kernel, lhs, rhs, sizes, call: Call, out, out_dtype):
-    num_sms = call.get("recipe").num_sms
-    return grouped_product(kernel, lhs, rhs, sizes, call.ins[3], out, out_dtype, num_sms=num_sms)
+    recipe: Recipe = call.get("recipe")
+    options = {"num_sms": recipe.num_sms, "sum_dtype": recipe.reduce_dtype}
+    return grouped_product(kernel, lhs, rhs, sizes, call.ins[3], out, out_dtype, **options)
 
 
 def _ragged_hidden(x_rows, up_nt, sizes, call: Call):
@@ -97,9 +98,8 @@ def _ragged_bwd(call: Call, types, residuals, cotangents):
     batch = tuple(d for d in out if d[0] == "v")
     columns = saved_tokens(saved_columns, *lead, "f")
     dims = batch + ("g", "f", "n")
-    dw_down = multiply(
-        grouped_wgrad_kernel, columns, dy_columns, out=dims, out_dtype=down_type.dtype
-    )
+    made = recipe.made_in(down_type.dtype)
+    dw_down = multiply(grouped_wgrad_kernel, columns, dy_columns, out=dims, out_dtype=made)
     dw_down = sum_to(dw_down, dims, down_dims)
 
     dh_rows, dh_columns = act.ragged_activation_grad(
@@ -111,9 +111,8 @@ def _ragged_bwd(call: Call, types, residuals, cotangents):
 
     x_columns = saved_tokens(saved_x, *x_dims[:-2], "k")
     dims = lead + ("g", "k") + up_dims[up_dims.index("k") + 1 :]
-    dw_up = multiply(
-        gated_grouped_wgrad_kernel, x_columns, dh_columns, out=dims, out_dtype=up_type.dtype
-    )
+    made = recipe.made_in(up_type.dtype)
+    dw_up = multiply(gated_grouped_wgrad_kernel, x_columns, dh_columns, out=dims, out_dtype=made)
     dw_up = sum_to(dw_up, dims, up_dims)
     return (
         like_primal(dx, x_type),

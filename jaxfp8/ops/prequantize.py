@@ -11,7 +11,8 @@ from jax import lax
 from .._arrays import checks
 from .._arrays.blocks import BLOCK
 from .._arrays.quantized_weight import QuantizedWeight
-from .._arrays.recipe import Recipe
+from .._arrays.recipe import Recipe, current_recipe, forward_format
+from ..kernels.agreed import quantize_agreed
 from ..kernels.quantize import quantize_weight
 
 
@@ -42,8 +43,8 @@ def all_gather_weight(
     """Gathers a weight from its shards in FP8, in `shard_map`: FSDP.
 
     The shard is quantized where it lives; one byte an element and the scales move. Of the whole weight only the FP8
-    copies exist. The gradient is summed over the axis and scattered to the shards (one reduce-scatter). Blocks have
-    the bits of the whole weight's, since a shard owns whole ones.
+    copies exist. The gradient is summed over the axis and scattered to the shards (one reduce-scatter, in the recipe's
+    `wgrad_dtype`). Blocks have the bits of the whole weight's: devices whose shards cut one agree on its scale.
 
     **Arguments:**
 
@@ -54,35 +55,51 @@ def all_gather_weight(
 
     **Returns:** the `QuantizedWeight` of the whole weight.
 
-    **Raises:** TypeError or ValueError for a wrong dtype, rank or axis, or if shards cut a block of 128.
+    **Raises:** TypeError or ValueError for a wrong dtype, rank or axis, or if shards of a `QuantizedWeight`, whose
+    scales are given, cut a block of 128.
     """
     function = "all_gather_weight"
-    if not isinstance(w, QuantizedWeight):
-        w = prequantize(checks.array(function, "w", w, "(..., K, N)"), recipe=recipe)
+    made_here = not isinstance(w, QuantizedWeight)
+    if made_here:
+        w = checks.array(function, "w", w, "(..., K, N)")
     if not -w.ndim <= axis < w.ndim:
         raise ValueError(f"{function}: axis is {axis}; allowed: {-w.ndim} to {w.ndim - 1}")
     axis %= w.ndim
-    dimension = {w.ndim - 2: "K", w.ndim - 1: "N"}.get(axis)
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     devices = math.prod(lax.axis_size(a) for a in names)
-    if dimension and devices > 1 and w.shape[axis] % BLOCK:
+    dimension = {w.ndim - 2: "K", w.ndim - 1: "N"}.get(axis)
+    cut = bool(dimension) and devices > 1 and w.shape[axis] % BLOCK != 0
+    if cut and not made_here:
         raise ValueError(
             f"{function}: the shard has {dimension}={w.shape[axis]} on each of {devices} devices, which cuts blocks "
-            f"of {BLOCK}; allowed: a multiple of {BLOCK}: shard the other axis, over fewer devices, or pad {dimension}"
+            f"of {BLOCK} whose scales a QuantizedWeight has already; allowed: a multiple of {BLOCK}, or an array"
         )
+    recipe = current_recipe(function, recipe)
 
     def gather(x, axis):
         return lax.all_gather(x, axis_name, axis=axis, tiled=True)
 
-    transposed = {w.ndim - 2: w.ndim - 1, w.ndim - 1: w.ndim - 2}.get(axis, axis)
-    # One orientation moves: a transpose reads and writes memory, which costs less than a second gather.
-    bits_nt = gather(w.bits_nt, transposed)
-    return QuantizedWeight(
-        gather(
-            w.value, axis
-        ),  # read by no product: dead code, whose transpose is the reduce-scatter
-        bits_nt,
-        jnp.swapaxes(bits_nt, -1, -2),
-        gather(w.scale, axis),
-        w.fp8_dtype,
-    )
+    if cut:
+        bits_nn, scale, fp8_dtype = _quantize_cut(w, axis, names, recipe)
+        value = w
+    else:
+        w = prequantize(w, recipe=recipe) if made_here else w
+        value, bits_nn, scale, fp8_dtype = w.value, w.bits_nn, gather(w.scale, axis), w.fp8_dtype
+    # One orientation moves, in which shards lie behind one another; a transpose then costs less than a second gather.
+    if dimension == "N":
+        bits_nt = gather(jnp.swapaxes(bits_nn, -1, -2) if cut else w.bits_nt, w.ndim - 2)
+        bits_nn = jnp.swapaxes(bits_nt, -1, -2)
+    else:
+        bits_nn = gather(bits_nn, axis)
+        bits_nt = jnp.swapaxes(bits_nn, -1, -2)
+    # Read by no product: dead code, whose transpose is the reduce-scatter.
+    value = gather(value.astype(recipe.made_in(value.dtype)), axis).astype(value.dtype)
+    return QuantizedWeight(value, bits_nt, bits_nn, scale, fp8_dtype)
+
+
+def _quantize_cut(w, axis: int, names, recipe: Recipe):
+    """Bits (..., K, N) of this device's shard and the scales of the whole weight, whose blocks the shards cut."""
+    fmt = forward_format(recipe)
+    blocked = {a: names if a == axis else () for a in (w.ndim - 2, w.ndim - 1)}
+    data, scale = quantize_agreed(lax.stop_gradient(w), blocked, fmt.dtype, fmt.pow2)
+    return lax.bitcast_convert_type(data, jnp.uint8), scale, fmt.dtype

@@ -35,6 +35,7 @@ def _forward(rows, weight, sizes, call: Call):
         call.outs[0],
         call.get("out_dtype"),
         num_sms=recipe.num_sms,
+        sum_dtype=recipe.reduce_dtype,
     )
     return [once(y)]
 
@@ -81,6 +82,7 @@ def _ragged_bwd(call: Call, types, residuals, cotangents):
         dx_dims,
         x_type.dtype,
         num_sms=recipe.num_sms,
+        sum_dtype=recipe.reduce_dtype,
     )
 
     dims = tuple(dict.fromkeys(sizes_dims[:-1] + x_dims[:-2])) + (k, "t")
@@ -93,7 +95,7 @@ def _ragged_bwd(call: Call, types, residuals, cotangents):
         sizes,
         sizes_dims,
         dw_dims,
-        w_type.dtype,
+        recipe.made_in(w_type.dtype),
         num_sms=recipe.num_sms,
     )
     return (

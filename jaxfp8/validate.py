@@ -28,7 +28,7 @@ from ._primitives.call import Call
 from ._primitives.operation import Operation
 from .kernels.activation import TWO
 from .kernels.gather import take_rows
-from .kernels.quantize import quantize, weight_kernel
+from .kernels.quantize import quantize, weight_operation
 from .ops._dot import dot_operation, weight_dims
 from .ops._mlp_dense import mlp_operation
 from .ops._mlp_ragged import ragged_mlp_operation
@@ -307,7 +307,7 @@ def _reference_stand_in(operation, arrays, call):
         return None
     if operation in _MADE_OF_TWO:
         return _MADE_OF_TWO[operation](operation, arrays, call)
-    if operation is weight_kernel:
+    if operation is weight_operation:
         # Of a weight quantized ahead: its products read its value. What else reads the copies is seen to.
         types = operation.body.trace(*arrays, call=call).jaxpr.out_avals
         return [jnp.full(t.shape, jnp.nan, t.dtype) for t in types]

@@ -22,7 +22,7 @@ class Nested:
     """An equation with jaxprs in which products were found, and where its operands come from."""
 
     index: int
-    bodies: tuple[tuple[tuple[str, int], Plan], ...]
+    bodies: tuple[tuple[tuple[str, int], AutocastPlan], ...]
     operands: tuple[Origin, ...]
 
     @property
@@ -32,7 +32,7 @@ class Nested:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class AutocastPlan:
     """The products of a jaxpr, with those of the jaxprs inside it."""
 
     items: tuple[Found | Nested, ...]

@@ -32,7 +32,7 @@ from .candidate import (
 from .jaxprs import ENTERED, bodies, computes_cotangents, join_scopes, open_jaxpr, scan_counts
 from .logits import NONE, Axes, Logits
 from .origins import ELEMENTWISE_OR_SHAPE, NOWHERE, Input, Knowledge, Origin, merge
-from .plan import Found, Nested, Plan
+from .plan import AutocastPlan, Found, Nested
 
 
 class Planner:
@@ -50,7 +50,7 @@ class Planner:
         self.knowledge, self.judge, self.weight, self.backward = knowledge, judge, weight, backward
         self.logits = Logits()
 
-    def plan(self, jaxpr: Any, ins: Sequence[Origin]) -> tuple[Plan, list[Origin]]:
+    def plan(self, jaxpr: Any, ins: Sequence[Origin]) -> tuple[AutocastPlan, list[Origin]]:
         """The plan of a jaxpr, open or closed, and where its results come from."""
         outs = [NONE] * len(open_jaxpr(jaxpr)[0].outvars)
         return self._plan(jaxpr, ins, outs, "", 1)
@@ -85,7 +85,7 @@ class Planner:
             else:
                 outs = self._other(eqn, operands)
             origins.update(zip(eqn.outvars, outs, strict=True))
-        return Plan(tuple(items)), [read(v) for v in jaxpr.outvars]
+        return AutocastPlan(tuple(items)), [read(v) for v in jaxpr.outvars]
 
     def _other(self, eqn, operands):
         name = eqn.primitive.name

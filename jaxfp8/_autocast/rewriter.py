@@ -18,7 +18,7 @@ from .._arrays.recipe import Recipe
 from .candidate import Candidate
 from .jaxprs import open_jaxpr, scan_counts
 from .origins import Input, Knowledge, Origin
-from .plan import Found, Nested, Plan
+from .plan import AutocastPlan, Found, Nested
 from .planner import Planner
 from .policy import AutocastPolicy
 from .replacement import replacement
@@ -46,7 +46,7 @@ def _as_is(eqn: Any, operands: Sequence[Any]) -> list[Any]:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
-def _signature(plan: Plan) -> Any:
+def _signature(plan: AutocastPlan) -> Any:
     """What decides how a jaxpr is rewritten."""
     return tuple(
         (i.index, i.product.weight, i.product.role, i.product.reason)
@@ -67,7 +67,7 @@ class Rewriter:
         """A planner that shares what is known of the leaves."""
         return Planner(self.knowledge, self.policy.judge, self.policy.weight, backward=backward)
 
-    def run(self, jaxpr: Any, plan: Plan, arrays: Sequence[Any]) -> list[Any]:
+    def run(self, jaxpr: Any, plan: AutocastPlan, arrays: Sequence[Any]) -> list[Any]:
         """The results of a jaxpr, open or closed."""
         jaxpr, consts = open_jaxpr(jaxpr)
         values = dict(zip(jaxpr.constvars, consts, strict=True))
@@ -125,7 +125,7 @@ class Rewriter:
         eqn = eqn.replace(params=params, invars=[*variables, *eqn.invars])
         return _as_is(eqn, [*constants, *operands])
 
-    def _rewrite(self, old: Any, plan: Plan, operands) -> tuple[Any, Sequence[Any]]:
+    def _rewrite(self, old: Any, plan: AutocastPlan, operands) -> tuple[Any, Sequence[Any]]:
         """A jaxpr with products replaced, closed if the old one is; an open one takes the constants first."""
         key = (id(open_jaxpr(old)[0]), _signature(plan))
         if key not in self._rewritten:

@@ -15,7 +15,7 @@ from .call import Call
 from .mesh import to_spec
 
 
-class Plan(NamedTuple):
+class ShardPlan(NamedTuple):
     ins: list  # specs that the operands must have
     outs: list  # specs that the results then have
     sum: tuple  # mesh axes to sum the local result over
@@ -33,7 +33,7 @@ def axes_by_name(all_dims, specs) -> dict[str, list[tuple]]:
     return found
 
 
-def make_plan(mesh, call: Call, sizes, given, wanted, pinned, cuts=False) -> Plan:
+def plan_shards(mesh, call: Call, sizes, given, wanted, pinned, cuts=False) -> ShardPlan:
     """Mesh axes for every name: results first, then contractions; a shard owns whole 128-blocks, unless it `cuts` them.
 
     `given`: axes by name in the operands. `wanted`: axes by name in the result; what it does not name follows `given`.
@@ -87,7 +87,7 @@ def make_plan(mesh, call: Call, sizes, given, wanted, pinned, cuts=False) -> Pla
 
     outs = [spec(d) for d in call.outs]
     ins = [spec(d) if d in call.outs else spec(d, whole) for d in call.ins]  # accum is like out
-    return Plan(ins, outs, total, scatter, cut)
+    return ShardPlan(ins, outs, total, scatter, cut)
 
 
 def _cuts_blocks(blocks: int, axis_sizes, together: bool) -> bool:

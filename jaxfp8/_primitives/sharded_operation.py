@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding
 from .leaf import Leaf
 from .mesh import full_spec, match_varying, mesh_of, result_type
 from .operation import Operation
-from .partition import axes_by_name, make_plan, sharding_rule
+from .partition import axes_by_name, plan_shards, sharding_rule
 from .tiles import in_axes
 
 
@@ -39,7 +39,7 @@ def _reduce_types(y, *, axes, scatter, shards):
 reduce_shards = Leaf("jaxfp8_reduce_shards", _reduce, types=_reduce_types)
 
 
-class Kernel(Operation):
+class ShardedOperation(Operation):
     """An operation on quantized data: `local(*arrays, call=...)` computes one shard, the rest follows from the names.
 
     **Arguments:** as `Operation`, and
@@ -118,7 +118,7 @@ class Kernel(Operation):
 
     def _plan(self, mesh, call, operands, given, wanted):
         cuts = self.agreed is not None
-        return make_plan(mesh, call, call.sizes(operands), given, wanted, self.pinned, cuts)
+        return plan_shards(mesh, call, call.sizes(operands), given, wanted, self.pinned, cuts)
 
     def _by_type(self, mesh, explicit, arrays, call):
         specs = [full_spec(jax.typeof(x).sharding.spec, x.ndim) for x in arrays]

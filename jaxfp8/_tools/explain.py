@@ -20,7 +20,7 @@ from .._autocast import planner as prods
 from .._autocast.candidate import dimensions
 from .._autocast.jaxprs import computes_cotangents, join_scopes, open_jaxpr
 from .._autocast.origins import Input, Origin
-from .._autocast.plan import Plan
+from .._autocast.plan import AutocastPlan
 from .._autocast.policy import AutocastPolicy
 from .._autocast.rewriter import FP8_SCOPE, KEPT_SCOPE, fp8_scope
 from .._autocast.traced import Traced
@@ -64,7 +64,7 @@ class _Walk:
         self.notes: dict[str, None] = {}
         self.gathers_rows = self.autocasts_ragged = False
 
-    def jaxpr(self, jaxpr: Any, plan: Plan, scope: str, repeats: int | None) -> None:
+    def jaxpr(self, jaxpr: Any, plan: AutocastPlan, scope: str, repeats: int | None) -> None:
         jaxpr, _ = open_jaxpr(jaxpr)
         items = {item.index: item for item in plan.items}
         for i, eqn in enumerate(jaxpr.eqns):
@@ -87,7 +87,7 @@ class _Walk:
                 self.inside(eqn, item, here, repeats)
 
     def inside(self, eqn, item, scope, repeats):
-        nothing = Plan(())
+        nothing = AutocastPlan(())
         bodies = jaxprs.bodies(eqn)
         plans = dict(item.bodies) if item else {}
         if not bodies:

@@ -20,7 +20,7 @@ from .._arrays.recipe import Format
 from .._primitives.call import Call
 from .._primitives.leaf import Leaf
 from .._primitives.mesh import is_explicit
-from .._primitives.sharded_operation import Kernel
+from .._primitives.sharded_operation import ShardedOperation
 from ._mapped import mapped
 from .named import Named, named, scale_dims_of
 from .quantize import (
@@ -311,13 +311,15 @@ def _ragged_weighted_local(x, *rest, call):
 
 
 _PINNED = (TWO, "m", "g", "t")
-rows_kernel = Kernel("jaxfp8_activation_rows", _rows_local, pinned=(TWO,))
-both_kernel = Kernel("jaxfp8_activation_both", _both_local, pinned=(TWO,))
-ragged_both_kernel = Kernel("jaxfp8_activation_ragged_both", mapped(_ragged_local), pinned=_PINNED)
-weighted_rows_kernel = Kernel(
+rows_operation = ShardedOperation("jaxfp8_activation_rows", _rows_local, pinned=(TWO,))
+both_operation = ShardedOperation("jaxfp8_activation_both", _both_local, pinned=(TWO,))
+ragged_both_operation = ShardedOperation(
+    "jaxfp8_activation_ragged_both", mapped(_ragged_local), pinned=_PINNED
+)
+weighted_rows_operation = ShardedOperation(
     "jaxfp8_activation_weighted_rows", mapped(_weighted_rows_local), pinned=(TWO,)
 )
-ragged_weighted_kernel = Kernel(
+ragged_weighted_operation = ShardedOperation(
     "jaxfp8_activation_ragged_weighted", mapped(_ragged_weighted_local), pinned=_PINNED
 )
 
@@ -371,7 +373,7 @@ def _tail(dims):
 def activation_rows(x, dims, fmt: Format, activation) -> Named:
     """Pre-activations (..., [two,] f) -> (..., f): 1x128 along f."""
     out = tuple(d for d in dims if d != TWO)
-    data, scale = _bind(rows_kernel, activation, fmt, (dims,), (out,), x)
+    data, scale = _bind(rows_operation, activation, fmt, (dims,), (out,), x)
     return named(data, scale, out)
 
 
@@ -391,7 +393,7 @@ def _rows_and_columns(arrays, ins, out, tokens, fmt: Format, activation) -> tupl
     batch, last = tuple(d for d in lead if d not in merged_tokens), _tail(out)
     outs = (lead + last, batch + last + merged_tokens)
     row, row_scale, column, column_scale = _bind(
-        both_kernel,
+        both_operation,
         activation,
         fmt,
         tuple(order for _, order, _, _ in ordered),
@@ -436,7 +438,7 @@ def _ragged(arrays, ins, last, fmt: Format, activation) -> tuple[Named, Named]:
     new = tuple(dict.fromkeys(sizes_dims[:-1] + dims[: dims.index("m")]))
     outs = (new + ("m",) + last, new + last + ("t",))
     row, row_scale, column, column_scale = _bind(
-        ragged_both_kernel, activation, fmt, ins, outs, *arrays
+        ragged_both_operation, activation, fmt, ins, outs, *arrays
     )
     return named(row, row_scale, outs[0]), named(column, column_scale, outs[1])
 
@@ -463,7 +465,7 @@ def weighted_activation_rows(x, dims, weight, weight_dims, fmt: Format, activati
     """As `activation_rows`, of (m, [two,] f), each row multiplied by its `weight` (m), float32."""
     ins = (dims, weight_dims)
     out = (*_new(ins), "m", "f")
-    data, scale = _bind(weighted_rows_kernel, activation, fmt, ins, (out,), x, weight)
+    data, scale = _bind(weighted_rows_operation, activation, fmt, ins, (out,), x, weight)
     return named(data, scale, out)
 
 
@@ -475,7 +477,7 @@ def ragged_weighted_activation(
     new = _new(ins)
     outs = ((*new, "m", "f"), (*new, "f", "t"))
     row, row_scale, column, column_scale = _bind(
-        ragged_weighted_kernel, activation, fmt, ins, outs, x, weight, sizes
+        ragged_weighted_operation, activation, fmt, ins, outs, x, weight, sizes
     )
     return named(row, row_scale, outs[0]), named(column, column_scale, outs[1])
 
@@ -493,7 +495,7 @@ def ragged_weighted_activation_grad(
     attributes = (("activation", activation), ("dtype", fmt.dtype), ("pow2", fmt.pow2))
     call_outs = tuple(d for out in outs for d in (out, scale_dims_of(out)))
     call = Call(ins, (*call_outs, (*new, "m", "f/")), attributes)
-    row, row_scale, column, column_scale, dweight = ragged_weighted_kernel(
+    row, row_scale, column, column_scale, dweight = ragged_weighted_operation(
         x, dy, weight, sizes, call=call
     )
     named_ = named(row, row_scale, outs[0]), named(column, column_scale, outs[1])

@@ -94,5 +94,5 @@ def quantize_named(x, dims, call: Call, cut):
 
 
 def agreed_quantizer(x, *, call: Call, cut):
-    """`Kernel.agreed` of the quantizers of one array."""
+    """`ShardedOperation.agreed` of the quantizers of one array."""
     return quantize_named(x, call.ins[0], call, cut)

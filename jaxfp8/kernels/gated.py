@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from .._primitives.sharded_operation import Kernel
+from .._primitives.sharded_operation import ShardedOperation
 from . import quantize as qt
 from .activation import TWO, gated
-from .gemm import gemm_kernel
-from .grouped_gemm import grouped_kernel, grouped_wgrad_kernel
+from .gemm import gemm_operation
+from .grouped_gemm import grouped_operation, grouped_wgrad_operation
 
 
-def _gated(kernel: Kernel, name) -> Kernel:
-    pinned = (*kernel.pinned, TWO)
-    together, agreed = kernel.together, kernel.agreed
-    return Kernel(name, gated(kernel.local), pinned=pinned, together=together, agreed=agreed)
+def _gated(operation: ShardedOperation, name) -> ShardedOperation:
+    pinned = (*operation.pinned, TWO)
+    together, agreed = operation.together, operation.agreed
+    return ShardedOperation(
+        name, gated(operation.local), pinned=pinned, together=together, agreed=agreed
+    )
 
 
-gated_gemm_kernel = _gated(gemm_kernel, "jaxfp8_gemm_gated")
-gated_grouped_kernel = _gated(grouped_kernel, "jaxfp8_grouped_gemm_gated")
-gated_grouped_wgrad_kernel = _gated(grouped_wgrad_kernel, "jaxfp8_grouped_wgrad_gemm_gated")
-gated_weight_kernel = _gated(qt.weight_kernel, "jaxfp8_quantize_weight_gated")
+gated_gemm_operation = _gated(gemm_operation, "jaxfp8_gemm_gated")
+gated_grouped_operation = _gated(grouped_operation, "jaxfp8_grouped_gemm_gated")
+gated_grouped_wgrad_operation = _gated(grouped_wgrad_operation, "jaxfp8_grouped_wgrad_gemm_gated")
+gated_weight_operation = _gated(qt.weight_operation, "jaxfp8_quantize_weight_gated")

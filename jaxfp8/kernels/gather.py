@@ -21,7 +21,7 @@ from .._arrays.blocks import ROW, dequantize_blocks, quantize_blocks
 from .._arrays.recipe import Format
 from .._primitives.call import Call
 from .._primitives.leaf import Leaf
-from .._primitives.sharded_operation import Kernel
+from .._primitives.sharded_operation import ShardedOperation
 from ._mapped import mapped
 from .named import Named, named, scale_dims_of
 from .quantize import quantize_ragged_both_leaf, quantize_ragged_columns_leaf, quantize_rows_leaf
@@ -138,18 +138,24 @@ gather_requantize_both_leaf = Leaf(
 # --------------------------------------------------------------------------------------------------
 
 
-def _kernel(name, leaf, pinned):
+def _gather_operation(name, leaf, pinned):
     local = mapped(lambda *arrays, call: leaf(*arrays, **dict(call.attributes)))
-    return Kernel(f"jaxfp8_{name}", local, pinned=("s", *pinned))
+    return ShardedOperation(f"jaxfp8_{name}", local, pinned=("s", *pinned))
 
 
 _PINNED = ("m", "g", "t")
-_rows_kernel = _kernel("gather_quantize_rows", gather_quantize_rows_leaf, ())
-_columns_kernel = _kernel("gather_quantize_columns", gather_quantize_columns_leaf, _PINNED)
-_both_kernel = _kernel("gather_quantize_both", gather_quantize_both_leaf, _PINNED)
-_fp8_rows_kernel = _kernel("gather_rows", gather_rows_leaf, ())
-_fp8_columns_kernel = _kernel("gather_requantize_columns", gather_requantize_columns_leaf, _PINNED)
-_fp8_both_kernel = _kernel("gather_requantize_both", gather_requantize_both_leaf, _PINNED)
+_rows_operation = _gather_operation("gather_quantize_rows", gather_quantize_rows_leaf, ())
+_columns_operation = _gather_operation(
+    "gather_quantize_columns", gather_quantize_columns_leaf, _PINNED
+)
+_both_operation = _gather_operation("gather_quantize_both", gather_quantize_both_leaf, _PINNED)
+_fp8_rows_operation = _gather_operation("gather_rows", gather_rows_leaf, ())
+_fp8_columns_operation = _gather_operation(
+    "gather_requantize_columns", gather_requantize_columns_leaf, _PINNED
+)
+_fp8_both_operation = _gather_operation(
+    "gather_requantize_both", gather_requantize_both_leaf, _PINNED
+)
 
 
 def _new(*all_dims):
@@ -157,10 +163,10 @@ def _new(*all_dims):
     return tuple(dict.fromkeys(d for dims in all_dims for d in dims if d[0] == "v"))
 
 
-def _bind(kernel, arrays, ins, outs, **attributes):
+def _bind(operation, arrays, ins, outs, **attributes):
     outs = tuple(d for dims in outs for d in (dims, scale_dims_of(dims)))
     call = Call(ins, outs, tuple(attributes.items()))
-    results = kernel(*arrays, call=call)
+    results = operation(*arrays, call=call)
     pairs = zip(results[::2], results[1::2], outs[::2], strict=True)
     return [named(data, scale, dims) for data, scale, dims in pairs]
 
@@ -168,7 +174,7 @@ def _bind(kernel, arrays, ins, outs, **attributes):
 def rows(x, dims, source, source_dims, fmt: Format) -> Named:
     """x (s, k) gathered by `source` (m) -> (m, k): 1x128 along k."""
     out = (*_new(dims, source_dims), "m", dims[-1])
-    (row,) = _bind(_rows_kernel, (x, source), (dims, source_dims), (out,), **fmt._asdict())
+    (row,) = _bind(_rows_operation, (x, source), (dims, source_dims), (out,), **fmt._asdict())
     return row
 
 
@@ -176,7 +182,7 @@ def columns(x, dims, source, source_dims, sizes, sizes_dims, fmt: Format) -> Nam
     """x (s, k) gathered by `source` (m) -> (k, t): 1x128 along the group-padded token axis."""
     ins = (dims, source_dims, sizes_dims)
     out = (*_new(*ins), dims[-1], "t")
-    (column,) = _bind(_columns_kernel, (x, source, sizes), ins, (out,), **fmt._asdict())
+    (column,) = _bind(_columns_operation, (x, source, sizes), ins, (out,), **fmt._asdict())
     return column
 
 
@@ -187,7 +193,7 @@ def rows_and_columns(
     ins = (dims, source_dims, sizes_dims)
     new = _new(*ins)
     outs = ((*new, "m", dims[-1]), (*new, dims[-1], "t"))
-    row, column = _bind(_both_kernel, (x, source, sizes), ins, outs, **fmt._asdict())
+    row, column = _bind(_both_operation, (x, source, sizes), ins, outs, **fmt._asdict())
     return row, column
 
 
@@ -199,7 +205,7 @@ def fp8_rows(q: Named, source, source_dims) -> Named:
     """Data and scales of q (s, k), 1x128 along k, gathered by `source` (m) -> (m, k)."""
     arrays, ins = _parts(q)
     out = (*_new(q.dims, source_dims), "m", q.dims[-1])
-    (row,) = _bind(_fp8_rows_kernel, (*arrays, source), (*ins, source_dims), (out,))
+    (row,) = _bind(_fp8_rows_operation, (*arrays, source), (*ins, source_dims), (out,))
     return row
 
 
@@ -211,7 +217,7 @@ def fp8_columns(q: Named, source, source_dims, sizes, sizes_dims, pow2: bool) ->
     arrays, ins = _parts(q)
     ins = (*ins, source_dims, sizes_dims)
     out = (*_new(*ins), q.dims[-1], "t")
-    (column,) = _bind(_fp8_columns_kernel, (*arrays, source, sizes), ins, (out,), pow2=pow2)
+    (column,) = _bind(_fp8_columns_operation, (*arrays, source, sizes), ins, (out,), pow2=pow2)
     return column
 
 
@@ -223,5 +229,5 @@ def fp8_rows_and_columns(
     ins = (*ins, source_dims, sizes_dims)
     new = _new(*ins)
     outs = ((*new, "m", q.dims[-1]), (*new, q.dims[-1], "t"))
-    row, column = _bind(_fp8_both_kernel, (*arrays, source, sizes), ins, outs, pow2=pow2)
+    row, column = _bind(_fp8_both_operation, (*arrays, source, sizes), ins, outs, pow2=pow2)
     return row, column

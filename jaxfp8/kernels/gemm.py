@@ -17,7 +17,7 @@ from .._arrays.recipe import check_num_sms, current_recipe
 from .._ffi import CONTRACTION_STEP
 from .._primitives.call import Call, arrange, restore
 from .._primitives.leaf import Leaf, once
-from .._primitives.sharded_operation import Kernel
+from .._primitives.sharded_operation import ShardedOperation
 from .configurations import check_config, config_index, product_of_call
 from .named import ROW_SCALE, Named
 
@@ -109,7 +109,7 @@ gemm_1d1d_leaf = product_leaf("gemm_1d1d", _reference(ROW), (1, 3))
 
 
 # --------------------------------------------------------------------------------------------------
-# Kernel: any product of named dimensions
+# Any product of named dimensions
 # --------------------------------------------------------------------------------------------------
 
 
@@ -144,7 +144,7 @@ def _gemm_local(lhs, lhs_scale, rhs, rhs_scale, *accum, call):
     return [restore(y, out, [groups, rows, (n,)], sizes)]
 
 
-gemm_kernel = Kernel("jaxfp8_gemm", _gemm_local, together=((0, 1), (2, 3)))
+gemm_operation = ShardedOperation("jaxfp8_gemm", _gemm_local, together=((0, 1), (2, 3)))
 
 
 def product_attributes(out_dtype, num_sms, config) -> tuple:
@@ -163,7 +163,7 @@ def product(
     accum=None,
     wanted=(),
     sum_dtype=np.float32,
-    kernel=gemm_kernel,
+    operation=gemm_operation,
 ):
     """The product of two named quantized arrays over the names that `out` lacks; devices sum in `sum_dtype`."""
     ins: tuple[tuple[str, ...], ...] = (lhs.dims, lhs.scale_dims, rhs.dims, rhs.scale_dims)
@@ -173,7 +173,7 @@ def product(
     kernel_dtype = out_dtype if np.dtype(out_dtype) in checks.OUTPUT_DTYPES else np.float32
     call = Call(ins, (out,), product_attributes(kernel_dtype, num_sms, config), wanted)
     call = call._replace(sum_dtype=np.dtype(sum_dtype))
-    return kernel(*operands, call=call)[0].astype(out_dtype)
+    return operation(*operands, call=call)[0].astype(out_dtype)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from .._arrays.quantized_array import QuantizedArray, quantized
 from .._primitives.call import Call
 from .._primitives.leaf import once
 from .._primitives.mesh import match_varying
-from .._primitives.sharded_operation import Kernel
+from .._primitives.sharded_operation import ShardedOperation
 from ._mapped import mapped
 from .configurations import check_config
 from .gemm import (
@@ -128,16 +128,16 @@ def _local(leaf):
 
 
 _TOGETHER = ((0, 1), (2, 3))
-grouped_kernel = Kernel(
+grouped_operation = ShardedOperation(
     "jaxfp8_grouped_gemm", _local(grouped_gemm_leaf), pinned=("m", "g"), together=_TOGETHER
 )
-masked_kernel = Kernel(
+masked_operation = ShardedOperation(
     "jaxfp8_masked_grouped_gemm",
     _local(masked_grouped_gemm_leaf),
     pinned=("m",),
     together=_TOGETHER,
 )
-grouped_wgrad_kernel = Kernel(
+grouped_wgrad_operation = ShardedOperation(
     "jaxfp8_grouped_wgrad_gemm",
     _local(grouped_wgrad_gemm_leaf),
     pinned=("t", "g"),
@@ -146,7 +146,7 @@ grouped_wgrad_kernel = Kernel(
 
 
 def grouped_product(
-    kernel,
+    operation,
     lhs: Named,
     rhs: Named,
     sizes,
@@ -168,7 +168,7 @@ def grouped_product(
     kernel_dtype = out_dtype if out_dtype in checks.OUTPUT_DTYPES else jnp.float32
     call = Call(ins, (out,), product_attributes(kernel_dtype, num_sms, config))
     call = call._replace(sum_dtype=np.dtype(sum_dtype))
-    return kernel(*operands, call=call)[0].astype(out_dtype)
+    return operation(*operands, call=call)[0].astype(out_dtype)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def grouped_gemm(
     left = Named(lhs, ("m", "k"))
     right = Named(rhs, ("g", "n", "k"))
     y = grouped_product(
-        grouped_kernel,
+        grouped_operation,
         left,
         right,
         sizes,
@@ -266,7 +266,7 @@ def masked_grouped_gemm(
     right = Named(rhs, ("g", "n", "k"))
     out = ("g", "m", "n")
     return grouped_product(
-        masked_kernel,
+        masked_operation,
         left,
         right,
         sizes,
@@ -322,7 +322,7 @@ def grouped_wgrad_gemm(
     check_config(function, config, function)
     left, right = Named(lhs, ("n", "t")), Named(rhs, ("k", "t"))
     return grouped_product(
-        grouped_wgrad_kernel,
+        grouped_wgrad_operation,
         left,
         right,
         sizes,

@@ -21,7 +21,7 @@ from .._arrays.recipe import Format, Recipe, current_recipe, fp8_dtype, scale_fo
 from .._primitives.call import Call, arrange
 from .._primitives.leaf import Leaf, once
 from .._primitives.mesh import is_explicit
-from .._primitives.sharded_operation import Kernel
+from .._primitives.sharded_operation import ShardedOperation
 from ._mapped import mapped
 from .agreed import agreed_quantizer
 from .named import ROW_SCALE, Named, named, scale_dims_of
@@ -150,17 +150,23 @@ def _leaf_local(leaf):
     return lambda *arrays, call: leaf(*arrays, **dict(call.attributes))
 
 
-rows_kernel = Kernel("jaxfp8_quantize_rows", _rows_local, agreed=agreed_quantizer)
-columns_kernel = Kernel("jaxfp8_quantize_columns", _columns_local, agreed=agreed_quantizer)
-both_kernel = Kernel("jaxfp8_quantize_both", _both_local, agreed=agreed_quantizer)
-blocks_kernel = Kernel("jaxfp8_quantize_blocks", _blocks_local, agreed=agreed_quantizer)
-weight_kernel = Kernel("jaxfp8_quantize_weight", _weight_local, agreed=agreed_quantizer)
-ragged_columns_kernel = Kernel(
+rows_operation = ShardedOperation("jaxfp8_quantize_rows", _rows_local, agreed=agreed_quantizer)
+columns_operation = ShardedOperation(
+    "jaxfp8_quantize_columns", _columns_local, agreed=agreed_quantizer
+)
+both_operation = ShardedOperation("jaxfp8_quantize_both", _both_local, agreed=agreed_quantizer)
+blocks_operation = ShardedOperation(
+    "jaxfp8_quantize_blocks", _blocks_local, agreed=agreed_quantizer
+)
+weight_operation = ShardedOperation(
+    "jaxfp8_quantize_weight", _weight_local, agreed=agreed_quantizer
+)
+ragged_columns_operation = ShardedOperation(
     "jaxfp8_quantize_ragged_columns",
     mapped(_leaf_local(quantize_ragged_columns_leaf)),
     pinned=("m", "g", "t"),
 )
-ragged_both_kernel = Kernel(
+ragged_both_operation = ShardedOperation(
     "jaxfp8_quantize_ragged_both",
     mapped(_leaf_local(quantize_ragged_both_leaf)),
     pinned=("m", "g", "t"),
@@ -174,7 +180,7 @@ def _bind(kernel, fmt: Format, ins, outs, *arrays):
 
 def rows(x, dims, fmt: Format) -> Named:
     """1x128 along the last dimension."""
-    data, scale = _bind(rows_kernel, fmt, (dims,), (dims, scale_dims_of(dims)), x)
+    data, scale = _bind(rows_operation, fmt, (dims,), (dims, scale_dims_of(dims)), x)
     return named(data, scale, dims)
 
 
@@ -186,7 +192,7 @@ def columns(x, dims, tokens, fmt: Format) -> Named:
     """
     x, dims, tokens = order_tokens(x, dims, tokens, merge=True)
     out = tuple(d for d in dims[:-1] if d not in tokens) + (dims[-1],) + tokens
-    data, scale = _bind(columns_kernel, fmt, (dims,), (out, scale_dims_of(out)), x)
+    data, scale = _bind(columns_operation, fmt, (dims,), (out, scale_dims_of(out)), x)
     return named(data, scale, out)
 
 
@@ -199,7 +205,7 @@ def rows_and_columns(x, dims, tokens, fmt: Format) -> tuple[Named, Named]:
         return rows(x, dims, fmt), columns(x, dims, tokens, fmt)
     out = tuple(d for d in order[:-1] if d not in merged_tokens) + (order[-1],) + merged_tokens
     outs = (order, scale_dims_of(order), out, scale_dims_of(out))
-    row, row_scale, column, column_scale = _bind(both_kernel, fmt, (order,), outs, merged)
+    row, row_scale, column, column_scale = _bind(both_operation, fmt, (order,), outs, merged)
     row, row_scale = (
         row.reshape(x.shape),
         row_scale.reshape(*x.shape[:-1], ceil_blocks(x.shape[-1])),
@@ -211,7 +217,7 @@ def weight(w, dims, fmt: Format) -> tuple[Named, Named]:
     """Both orientations of a weight (..., k, n) from one read, with the same scales: (..., n, k) and (..., k, n)."""
     nt = dims[:-2] + (dims[-1], dims[-2])
     outs = (dims, scale_dims_of(dims, BLOCK), nt, scale_dims_of(nt, BLOCK))
-    nn_data, nn_scale, nt_data, nt_scale = _bind(weight_kernel, fmt, (dims,), outs, w)
+    nn_data, nn_scale, nt_data, nt_scale = _bind(weight_operation, fmt, (dims,), outs, w)
     return named(nt_data, nt_scale, nt, SQUARE), named(nn_data, nn_scale, dims, SQUARE)
 
 
@@ -219,7 +225,7 @@ def ragged_columns(x, dims, sizes, sizes_dims, fmt: Format) -> Named:
     """(m, k) -> (k, t): 1x128 along the group-padded token axis."""
     out = ragged_dims(dims, sizes_dims)
     ins, outs = (dims, sizes_dims), (out, scale_dims_of(out))
-    data, scale = _bind(ragged_columns_kernel, fmt, ins, outs, x, sizes)
+    data, scale = _bind(ragged_columns_operation, fmt, ins, outs, x, sizes)
     return named(data, scale, out)
 
 
@@ -228,7 +234,9 @@ def ragged_rows_and_columns(x, dims, sizes, sizes_dims, fmt: Format) -> tuple[Na
     out = ragged_dims(dims, sizes_dims)
     row_dims = out[:-2] + dims[-2:]
     outs = (row_dims, scale_dims_of(row_dims), out, scale_dims_of(out))
-    row, row_scale, data, scale = _bind(ragged_both_kernel, fmt, (dims, sizes_dims), outs, x, sizes)
+    row, row_scale, data, scale = _bind(
+        ragged_both_operation, fmt, (dims, sizes_dims), outs, x, sizes
+    )
     return named(row, row_scale, row_dims), named(data, scale, out)
 
 
@@ -283,7 +291,7 @@ def quantize(
         return rows(x, _lead(x, "k"), fmt).array
     x = checks.array("quantize", "x", x, "(..., M, K)")
     dims = _lead(x, "m", "k")
-    data, scale = _bind(blocks_kernel, fmt, (dims,), (dims, scale_dims_of(dims, BLOCK)), x)
+    data, scale = _bind(blocks_operation, fmt, (dims,), (dims, scale_dims_of(dims, BLOCK)), x)
     return QuantizedArray(data, scale, SQUARE)
 
 

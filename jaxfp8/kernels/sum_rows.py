@@ -11,7 +11,7 @@ import numpy as np
 from .._arrays import checks
 from .._primitives.call import Call
 from .._primitives.leaf import Leaf
-from .._primitives.sharded_operation import Kernel
+from .._primitives.sharded_operation import ShardedOperation
 from ._mapped import mapped
 from .gather import take_rows
 
@@ -48,7 +48,7 @@ sum_rows_leaf = Leaf("jaxfp8_sum_rows_leaf", _reference, _reference)
 # --------------------------------------------------------------------------------------------------
 
 
-sum_rows_kernel = Kernel(
+sum_rows_operation = ShardedOperation(
     "jaxfp8_sum_rows",
     mapped(lambda *arrays, call: sum_rows_leaf(*arrays, **dict(call.attributes))),
     pinned=("m", "j"),
@@ -72,4 +72,4 @@ def sum_rows(rows, dims, position, position_dims, out_dtype, weight=None, weight
     kernel_dtype = np.dtype(out_dtype if out_dtype in checks.OUTPUT_DTYPES else jnp.float32)
     out = (*new, "s", dims[-1])
     call = Call(tuple(ins), (out,), (("out_dtype", kernel_dtype),))
-    return sum_rows_kernel(*arrays, call=call)[0].astype(out_dtype)
+    return sum_rows_operation(*arrays, call=call)[0].astype(out_dtype)

@@ -17,7 +17,7 @@ from .._primitives.operation import Operation
 from ..kernels import activation as act
 from ..kernels import quantize as qt
 from ..kernels.activation import TWO
-from ..kernels.gated import gated_gemm_kernel
+from ..kernels.gated import gated_gemm_operation
 from ..kernels.gemm import product
 from ..kernels.named import Named
 from ._dot import sum_to
@@ -58,7 +58,7 @@ def _weight_gradient(call: Call, lhs, rhs, dims, type_, **options):
 
 
 def _hidden(x_rows, up_nt, call: Call):
-    multiply = functools.partial(_product, call, kernel=gated_gemm_kernel)
+    multiply = functools.partial(_product, call, operation=gated_gemm_operation)
     return once(multiply(x_rows, up_nt, _hidden_dims(call), call.get("hidden_dtype")))
 
 
@@ -126,7 +126,7 @@ def _mlp_bwd(call: Call, types, residuals, cotangents):
     dh_rows, dh_columns = act.activation_grad(
         h, h_dims, da, _up_tokens(call), gradient, call.get("activation")
     )
-    dx_dims, of_up = lead + ("k",), {"kernel": gated_gemm_kernel}
+    dx_dims, of_up = lead + ("k",), {"operation": gated_gemm_operation}
     wanted = explicit_axes(x_type, x_dims)
     dx = multiply(dh_rows, up_nn, dx_dims, x_type.dtype, wanted=wanted, **of_up)
     dx = sum_to(dx, dx_dims, x_dims)

@@ -16,22 +16,22 @@ from .._primitives.once import differentiable_once
 from .._primitives.operation import Operation
 from ..kernels import activation as act
 from ..kernels import quantize as qt
-from ..kernels.gated import gated_grouped_kernel, gated_grouped_wgrad_kernel
-from ..kernels.grouped_gemm import grouped_kernel, grouped_product, grouped_wgrad_kernel
+from ..kernels.gated import gated_grouped_operation, gated_grouped_wgrad_operation
+from ..kernels.grouped_gemm import grouped_operation, grouped_product, grouped_wgrad_operation
 from ._dot import sum_to
 from ._mlp_weights import load_weights, quantize_weights, weight_operands
 from ._residuals import PRE_ACTIVATION_NAME, load, save
 
 
-def _ragged_product(kernel, lhs, rhs, sizes, call: Call, out, out_dtype):
+def _ragged_product(operation, lhs, rhs, sizes, call: Call, out, out_dtype):
     recipe: Recipe = call.get("recipe")
     options = {"num_sms": recipe.num_sms, "sum_dtype": recipe.reduce_dtype}
-    return grouped_product(kernel, lhs, rhs, sizes, call.ins[3], out, out_dtype, **options)
+    return grouped_product(operation, lhs, rhs, sizes, call.ins[3], out, out_dtype, **options)
 
 
 def _ragged_hidden(x_rows, up_nt, sizes, call: Call):
     dims, dtype = _hidden_dims_ragged(call), call.get("hidden_dtype")
-    return once(_ragged_product(gated_grouped_kernel, x_rows, up_nt, sizes, call, dims, dtype))
+    return once(_ragged_product(gated_grouped_operation, x_rows, up_nt, sizes, call, dims, dtype))
 
 
 def _hidden_dims_ragged(call: Call):
@@ -43,7 +43,7 @@ def _hidden_dims_ragged(call: Call):
 
 def _ragged_result(rows, down_nt, sizes, call: Call):
     out, dtype = call.outs[0], call.get("out_dtype")
-    return [once(_ragged_product(grouped_kernel, rows, down_nt, sizes, call, out, dtype))]
+    return [once(_ragged_product(grouped_operation, rows, down_nt, sizes, call, out, dtype))]
 
 
 def _ragged_body(x, w_up, w_down, sizes, *quantized, call: Call):
@@ -91,7 +91,7 @@ def _ragged_bwd(call: Call, types, residuals, cotangents):
 
     dy_rows, dy_columns = qt.ragged_rows_and_columns(dy, out, sizes, sizes_dims, gradient)
     dims = out[:-1] + ("f",)
-    da = multiply(grouped_kernel, dy_rows, down_nn, out=dims, out_dtype=call.get("hidden_dtype"))
+    da = multiply(grouped_operation, dy_rows, down_nn, out=dims, out_dtype=call.get("hidden_dtype"))
     da = sum_to(da, dims, lead + ("m", "f"))
 
     # The results of a vmapped kernel have every batch dimension; those that a weight lacks are summed.
@@ -99,20 +99,20 @@ def _ragged_bwd(call: Call, types, residuals, cotangents):
     columns = saved_tokens(saved_columns, *lead, "f")
     dims = batch + ("g", "f", "n")
     made = recipe.made_in(down_type.dtype)
-    dw_down = multiply(grouped_wgrad_kernel, columns, dy_columns, out=dims, out_dtype=made)
+    dw_down = multiply(grouped_wgrad_operation, columns, dy_columns, out=dims, out_dtype=made)
     dw_down = sum_to(dw_down, dims, down_dims)
 
     dh_rows, dh_columns = act.ragged_activation_grad(
         h, h_dims, da, sizes, sizes_dims, gradient, call.get("activation")
     )
     dims = lead + ("m", "k")
-    dx = multiply(gated_grouped_kernel, dh_rows, up_nn, out=dims, out_dtype=x_type.dtype)
+    dx = multiply(gated_grouped_operation, dh_rows, up_nn, out=dims, out_dtype=x_type.dtype)
     dx = sum_to(dx, dims, x_dims)
 
     x_columns = saved_tokens(saved_x, *x_dims[:-2], "k")
     dims = lead + ("g", "k") + up_dims[up_dims.index("k") + 1 :]
     made = recipe.made_in(up_type.dtype)
-    dw_up = multiply(gated_grouped_wgrad_kernel, x_columns, dh_columns, out=dims, out_dtype=made)
+    dw_up = multiply(gated_grouped_wgrad_operation, x_columns, dh_columns, out=dims, out_dtype=made)
     dw_up = sum_to(dw_up, dims, up_dims)
     return (
         like_primal(dx, x_type),

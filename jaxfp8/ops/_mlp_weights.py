@@ -8,7 +8,7 @@ from .._arrays.recipe import Format, forward_format
 from .._primitives.call import Call
 from ..kernels import quantize as qt
 from ..kernels.activation import TWO
-from ..kernels.gated import gated_weight_kernel
+from ..kernels.gated import gated_weight_operation
 from ..kernels.named import named, scale_dims_of
 from ._dot import quantized_weight
 from ._residuals import load
@@ -49,7 +49,7 @@ def _quantize_up(w, dims, quantized, fmt: Format):
     else:
         outs = (of.nn, of.nn_scale, of.nt, of.nt_scale)
         call = Call((dims,), outs, (("dtype", fmt.dtype), ("pow2", fmt.pow2)))
-        nn, nn_scale, nt, nt_scale = gated_weight_kernel(w, call=call)
+        nn, nn_scale, nt, nt_scale = gated_weight_operation(w, call=call)
         copies = WeightCopies(nt, nt_scale, nn, nn_scale)
     return (
         named(copies.nt, copies.nt_scale, of.nt, SQUARE, BLOCKED),

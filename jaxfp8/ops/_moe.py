@@ -38,9 +38,9 @@ from .._primitives.operation import Operation
 from ..kernels import activation as act
 from ..kernels import gather
 from ..kernels import quantize as qt
-from ..kernels.gated import gated_grouped_kernel, gated_grouped_wgrad_kernel
+from ..kernels.gated import gated_grouped_operation, gated_grouped_wgrad_operation
 from ..kernels.gather import take_rows
-from ..kernels.grouped_gemm import grouped_kernel, grouped_product, grouped_wgrad_kernel
+from ..kernels.grouped_gemm import grouped_operation, grouped_product, grouped_wgrad_operation
 from ..kernels.named import Named, named
 from ..kernels.sum_rows import sum_rows
 from ._exchange import collect, plan_exchange, spread
@@ -139,7 +139,7 @@ def _multiply(call: Call, sizes):
 
 def _result(rows: Named, down_nt, at: _Rows, exchange, call: Call):
     dtype = call.get("hidden_dtype")
-    y = _multiply(call, at.sizes)(grouped_kernel, rows, down_nt, out=("m", "n"), out_dtype=dtype)
+    y = _multiply(call, at.sizes)(grouped_operation, rows, down_nt, out=("m", "n"), out_dtype=dtype)
     y = sum_rows(y, ("m", "n"), at.position, POSITION, call.get("out_dtype"))
     if exchange is not None:
         (y,) = collect(exchange, y, lost=math.nan)
@@ -149,7 +149,7 @@ def _result(rows: Named, down_nt, at: _Rows, exchange, call: Call):
 def _hidden(x_rows, up_nt, at: _Rows, call: Call):
     dims, dtype = _hidden_dims(call), call.get("hidden_dtype")
     multiply = _multiply(call, at.sizes)
-    return once(multiply(gated_grouped_kernel, x_rows, up_nt, out=dims, out_dtype=dtype))
+    return once(multiply(gated_grouped_operation, x_rows, up_nt, out=dims, out_dtype=dtype))
 
 
 def _body(x, w_up, w_down, expert, gate, *quantized, call: Call):
@@ -199,9 +199,9 @@ def _bwd(call: Call, types, residuals, cotangents):
 
     (tokens,) = _tokens(dy, ("s", "n"), exchange, gradient)
     dy_rows, dy_columns = _rows_and_columns(tokens, ("s", "n"), at, gradient)
-    dz = multiply(grouped_kernel, dy_rows, down_nn, out=("m", "f"), out_dtype=hidden)
+    dz = multiply(grouped_operation, dy_rows, down_nn, out=("m", "f"), out_dtype=hidden)
     dw_down = multiply(
-        grouped_wgrad_kernel,
+        grouped_wgrad_operation,
         saved_tokens(saved_columns, "f"),
         dy_columns,
         out=down_dims,
@@ -219,12 +219,12 @@ def _bwd(call: Call, types, residuals, cotangents):
         gradient,
         call.get("activation"),
     )
-    dx = multiply(gated_grouped_kernel, dh_rows, up_nn, out=("m", "k"), out_dtype=hidden)
+    dx = multiply(gated_grouped_operation, dh_rows, up_nn, out=("m", "k"), out_dtype=hidden)
     # A copy that found no row has no gradient; its token is NaN already.
     position = jnp.where(at.position < at.source.size, at.position, -1)
     dx = sum_rows(dx, ("m", "k"), position, POSITION, x_type.dtype)
     dw_up = multiply(
-        gated_grouped_wgrad_kernel,
+        gated_grouped_wgrad_operation,
         saved_tokens(saved_x, "k"),
         dh_columns,
         out=up_dims,

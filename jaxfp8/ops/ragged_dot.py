@@ -18,7 +18,7 @@ from .._primitives.mesh import like_primal
 from .._primitives.once import differentiable_once
 from .._primitives.operation import Operation
 from ..kernels import quantize as qt
-from ..kernels.grouped_gemm import grouped_kernel, grouped_product, grouped_wgrad_kernel
+from ..kernels.grouped_gemm import grouped_operation, grouped_product, grouped_wgrad_operation
 from ._arguments import check_precision, out_spec, result_dtype
 from ._dot import quantized_weight, sum_to, weight_dims
 from ._residuals import load, save
@@ -27,7 +27,7 @@ from ._residuals import load, save
 def _forward(rows, weight, sizes, call: Call):
     recipe: Recipe = call.get("recipe")
     y = grouped_product(
-        grouped_kernel,
+        grouped_operation,
         rows,
         weight,
         sizes,
@@ -74,7 +74,7 @@ def _ragged_bwd(call: Call, types, residuals, cotangents):
 
     dx_dims = out[:-1] + (k,)
     dx = grouped_product(
-        grouped_kernel,
+        grouped_operation,
         dy_rows,
         nn,
         sizes,
@@ -89,7 +89,7 @@ def _ragged_bwd(call: Call, types, residuals, cotangents):
     columns = load(saved_columns, forward.dtype, dims, ROW)
     dw_dims = tuple(d for d in out if d[0] == "v") + ("g", k, n)
     dw = grouped_product(
-        grouped_wgrad_kernel,
+        grouped_wgrad_operation,
         columns,
         dy_columns,
         sizes,

@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import quantize_gpu as quantizers  # noqa: E402
 
-from jaxfp8 import _ffi  # noqa: E402
+from jaxfp8 import _C, _ffi  # noqa: E402
 from tests import oracle_activation as oracle  # noqa: E402
 
 ACTIVATIONS = ("silu", "gelu")
@@ -50,7 +50,7 @@ class Activation:
             name: math.prod(s) * (4 if "scale" in name else 1)
             for name, s in zip(names, shapes, strict=True)
         }
-        self.plan = _ffi._C.plan(
+        self.plan = _C.plan(
             f"jaxfp8_activation_{kind}_v1",
             list(self.inputs.values()),
             [("f32" if i % 2 else TARGET_TYPES[target], s) for i, s in enumerate(shapes)],

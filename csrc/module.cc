@@ -205,7 +205,7 @@ NB_MODULE(_C, m) {
       nb::arg("path"), nb::kw_only(), nb::arg("built") = true);
   m.def("handlers", &handlers, nb::arg("platform"), nb::arg("stage") = "execute");
 
-  nb::class_<NamedPlan>(m, "Plan")
+  nb::class_<NamedPlan>(m, "LaunchPlan")
       .def_prop_ro("image", [](const NamedPlan& p) { return p.plan.image; })
       .def_prop_ro("kernel", [](const NamedPlan& p) { return p.plan.kernel; })
       .def_prop_ro("grid", [](const NamedPlan& p) { return to_tuple(p.plan.grid); })

@@ -45,7 +45,7 @@ def plan(
     config: int = -1,
     num_sms: int = 0,
     device_sms: int,
-) -> _C.Plan:
+) -> _C.LaunchPlan:
     """The launch of a product on a device of `device_sms` multiprocessors.
 
     **Arguments:** `name` without version; arrays as the lowering has them before it pads the contraction; `config`:

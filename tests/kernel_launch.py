@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import ml_dtypes
 import numpy as np
 
-from jaxfp8 import _ffi
+from jaxfp8 import _C, _ffi
 from tests import emulator, oracle_activation, oracle_quantize
 
 BF16, F16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32)
@@ -25,7 +25,7 @@ POISON = 0xFF  # NaN in every float type; no quantizer gives this byte
 
 def plan(target, operands, results, **attributes):
     """Of a custom call on arrays, by name, to results, by name, of (dtype, shape)."""
-    return _ffi._C.plan(
+    return _C.plan(
         f"jaxfp8_{target}_v1",
         [(NAMES[a.dtype], a.shape) for a in operands.values()],
         [(NAMES[np.dtype(dtype)], shape) for dtype, shape in results.values()],

@@ -163,6 +163,16 @@ class Format(NamedTuple):
     pow2: bool
 
 
+def result_options(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe says of the products that give results and input gradients."""
+    return {"num_sms": recipe.num_sms, "sum_dtype": recipe.reduce_dtype}
+
+
+def weight_gradient_options(recipe: Recipe) -> dict[str, Any]:
+    """The same of those that give weight gradients."""
+    return {"num_sms": recipe.num_sms, "sum_dtype": recipe.wgrad_dtype}
+
+
 def forward_format(recipe: Recipe) -> Format:
     """Format of activations and weights."""
     return Format(recipe.dtype, recipe.scale_format == "pow2")

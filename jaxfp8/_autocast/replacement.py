@@ -10,7 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from .._arrays import checks
-from .._arrays.recipe import Recipe, forward_format, gradient_format
+from .._arrays.recipe import (
+    Recipe,
+    forward_format,
+    gradient_format,
+    result_options,
+    weight_gradient_options,
+)
 from .._primitives.mesh import full_spec, place
 from ..kernels import quantize as qt
 from ..kernels.gemm import product as gemm_product
@@ -76,8 +82,7 @@ def _activation_first(product, dims, x, w, sharding, recipe) -> jax.Array:
         weight,
         (*batch, *rows, "n"),
         product.out_dtype,
-        num_sms=recipe.num_sms,
-        sum_dtype=recipe.reduce_dtype,
+        **result_options(recipe),
     )
     return y.reshape(*x.shape[: len(batch)], *x_sizes, *w_sizes)
 
@@ -93,8 +98,7 @@ def _weight_gradient(dims, dy, x, out_dtype, recipe) -> jax.Array:
         )
     ]
     left, right = columns
-    options = {"num_sms": recipe.num_sms, "sum_dtype": recipe.wgrad_dtype}
-    y = gemm_product(left, right, ("n", "k"), out_dtype, **options)
+    y = gemm_product(left, right, ("n", "k"), out_dtype, **weight_gradient_options(recipe))
     return y.reshape([v.shape[a] for v, f in ((dy, dims.free[0]), (x, dims.free[1])) for a in f])
 
 

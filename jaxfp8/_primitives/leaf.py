@@ -54,9 +54,8 @@ class Leaf:
         return self.primitive.bind(*arrays, **params)
 
     def _eager(self, *arrays, **params):
-        with jax.disable_jit(
-            False
-        ):  # else the jitted function would bind this primitive again, and so on
+        # Else the jitted function would bind this primitive again, and so on.
+        with jax.disable_jit(False):
             return self._jitted(*arrays, params=tuple(sorted(params.items())))
 
     def _types(self, *operands, **params):

@@ -48,9 +48,8 @@ def products_of(function: Callable, *args: Any, **kwargs: Any) -> list[Product]:
     return sorted(products)
 
 
-_COLD_BYTES = (
-    128 << 20
-)  # that a program's launches read, so that none finds its operands in L2 (50 MB on an H100)
+# What a program's launches read, so that none finds its operands in L2 (50 MB on an H100).
+_COLD_BYTES = 128 << 20
 _MOST_CALLS = 32
 
 

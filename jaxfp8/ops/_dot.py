@@ -16,7 +16,13 @@ import jax.numpy as jnp
 
 from .._arrays.blocks import BLOCK, ROW, SQUARE
 from .._arrays.quantized_weight import WeightCopies
-from .._arrays.recipe import Recipe, forward_format, gradient_format
+from .._arrays.recipe import (
+    Recipe,
+    forward_format,
+    gradient_format,
+    result_options,
+    weight_gradient_options,
+)
 from .._primitives.call import Call
 from .._primitives.leaf import once
 from .._primitives.mesh import explicit_axes, like_primal, place
@@ -29,17 +35,9 @@ from ._residuals import load, save
 
 
 def _forward(x, weight, call: Call):
-    recipe: Recipe = call.get("recipe")
-    y = product(
-        x,
-        weight,
-        call.outs[0],
-        call.get("out_dtype"),
-        num_sms=recipe.num_sms,
-        wanted=call.wanted,
-        sum_dtype=recipe.reduce_dtype,
-    )
-    return [once(y)]
+    out, dtype = call.outs[0], call.get("out_dtype")
+    options = result_options(call.get("recipe"))
+    return [once(product(x, weight, out, dtype, wanted=call.wanted, **options))]
 
 
 def quantized_weight(w, w_dims, quantized, fmt):
@@ -102,17 +100,16 @@ def _dot_bwd(call: Call, types, residuals, cotangents):
     # A weight-only batch dimension is summed here; every other sum is a contraction of the kernel.
     dx_dims = out[:-1] + (k,)
     wanted = explicit_axes(x_type, x_dims)
-    multiply = functools.partial(product, num_sms=recipe.num_sms)
-    sum_dtype = recipe.reduce_dtype
-    dx = multiply(dy_rows, nn, dx_dims, x_type.dtype, wanted=wanted, sum_dtype=sum_dtype)
+    options = result_options(recipe)
+    dx = product(dy_rows, nn, dx_dims, x_type.dtype, wanted=wanted, **options)
     dx = sum_to(dx, dx_dims, x_dims)
 
     tokens = dy_columns.dims[dy_columns.dims.index(n) + 1 :]
     dims = tuple(d for d in x_dims[:-1] if d in w_dims) + (k,) + tokens
     columns = load(residuals[1], forward.dtype, dims, ROW)
     wanted = explicit_axes(w_type, w_dims)
-    made, sum_dtype = recipe.made_in(w_type.dtype), recipe.wgrad_dtype
-    dw = multiply(columns, dy_columns, w_dims, made, wanted=wanted, sum_dtype=sum_dtype)
+    made, options = recipe.made_in(w_type.dtype), weight_gradient_options(recipe)
+    dw = product(columns, dy_columns, w_dims, made, wanted=wanted, **options)
     return like_primal(dx, x_type), like_primal(dw, w_type), *(None for _ in quantized)
 
 

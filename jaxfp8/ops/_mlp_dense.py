@@ -8,7 +8,13 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from .._arrays.blocks import ROW
-from .._arrays.recipe import Recipe, forward_format, gradient_format
+from .._arrays.recipe import (
+    Recipe,
+    forward_format,
+    gradient_format,
+    result_options,
+    weight_gradient_options,
+)
 from .._primitives.call import Call
 from .._primitives.leaf import once
 from .._primitives.mesh import explicit_axes, like_primal
@@ -46,13 +52,13 @@ def _down_tokens(call: Call):
 
 def _product(call: Call, *operands, **options):
     """A product of activations or of their gradients."""
-    recipe: Recipe = call.get("recipe")
-    return product(*operands, num_sms=recipe.num_sms, sum_dtype=recipe.reduce_dtype, **options)
+    options |= result_options(call.get("recipe"))
+    return product(*operands, **options)
 
 
 def _weight_gradient(call: Call, lhs, rhs, dims, type_, **options):
     recipe: Recipe = call.get("recipe")
-    options |= {"num_sms": recipe.num_sms, "sum_dtype": recipe.wgrad_dtype}
+    options |= weight_gradient_options(recipe)
     wanted = explicit_axes(type_, dims)
     return product(lhs, rhs, dims, recipe.made_in(type_.dtype), wanted=wanted, **options)
 

@@ -8,7 +8,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from .._arrays.blocks import ROW
-from .._arrays.recipe import Recipe, forward_format, gradient_format
+from .._arrays.recipe import Recipe, forward_format, gradient_format, result_options
 from .._primitives.call import Call
 from .._primitives.leaf import once
 from .._primitives.mesh import like_primal
@@ -24,8 +24,7 @@ from ._residuals import PRE_ACTIVATION_NAME, load, save
 
 
 def _ragged_product(operation, lhs, rhs, sizes, call: Call, out, out_dtype):
-    recipe: Recipe = call.get("recipe")
-    options = {"num_sms": recipe.num_sms, "sum_dtype": recipe.reduce_dtype}
+    options = result_options(call.get("recipe"))
     return grouped_product(operation, lhs, rhs, sizes, call.ins[3], out, out_dtype, **options)
 
 

@@ -29,7 +29,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from .._arrays.blocks import ROW
-from .._arrays.recipe import Recipe, forward_format, gradient_format
+from .._arrays.recipe import Recipe, forward_format, gradient_format, result_options
 from .._primitives.call import Call
 from .._primitives.leaf import once
 from .._primitives.mesh import is_explicit, like_primal
@@ -133,8 +133,8 @@ def _arrive(x, expert, gate, fmt, call: Call):
 
 
 def _multiply(call: Call, sizes):
-    num_sms = call.get("recipe").num_sms
-    return functools.partial(grouped_product, sizes=sizes, sizes_dims=SIZES, num_sms=num_sms)
+    options = result_options(call.get("recipe"))
+    return functools.partial(grouped_product, sizes=sizes, sizes_dims=SIZES, **options)
 
 
 def _result(rows: Named, down_nt, at: _Rows, exchange, call: Call):

@@ -11,7 +11,14 @@ import jax.numpy as jnp
 from .._arrays import checks
 from .._arrays.blocks import ROW, SQUARE
 from .._arrays.quantized_weight import WeightCopies, parts
-from .._arrays.recipe import Recipe, current_recipe, forward_format, gradient_format
+from .._arrays.recipe import (
+    Recipe,
+    current_recipe,
+    forward_format,
+    gradient_format,
+    result_options,
+    weight_gradient_options,
+)
 from .._primitives.call import Call
 from .._primitives.leaf import once
 from .._primitives.mesh import like_primal
@@ -25,19 +32,9 @@ from ._residuals import load, save
 
 
 def _forward(rows, weight, sizes, call: Call):
-    recipe: Recipe = call.get("recipe")
-    y = grouped_product(
-        grouped_operation,
-        rows,
-        weight,
-        sizes,
-        call.ins[2],
-        call.outs[0],
-        call.get("out_dtype"),
-        num_sms=recipe.num_sms,
-        sum_dtype=recipe.reduce_dtype,
-    )
-    return [once(y)]
+    dims, dtype = (call.ins[2], call.outs[0]), call.get("out_dtype")
+    options = result_options(call.get("recipe"))
+    return [once(grouped_product(grouped_operation, rows, weight, sizes, *dims, dtype, **options))]
 
 
 def _ragged_body(x, w, sizes, *quantized, call: Call):
@@ -73,31 +70,16 @@ def _ragged_bwd(call: Call, types, residuals, cotangents):
     dy_rows, dy_columns = qt.ragged_rows_and_columns(dy, out, sizes, sizes_dims, gradient)
 
     dx_dims = out[:-1] + (k,)
-    dx = grouped_product(
-        grouped_operation,
-        dy_rows,
-        nn,
-        sizes,
-        sizes_dims,
-        dx_dims,
-        x_type.dtype,
-        num_sms=recipe.num_sms,
-        sum_dtype=recipe.reduce_dtype,
-    )
+    multiply = functools.partial(grouped_product, sizes=sizes, sizes_dims=sizes_dims)
+    options = {"out": dx_dims, "out_dtype": x_type.dtype} | result_options(recipe)
+    dx = multiply(grouped_operation, dy_rows, nn, **options)
 
     dims = tuple(dict.fromkeys(sizes_dims[:-1] + x_dims[:-2])) + (k, "t")
     columns = load(saved_columns, forward.dtype, dims, ROW)
     dw_dims = tuple(d for d in out if d[0] == "v") + ("g", k, n)
-    dw = grouped_product(
-        grouped_wgrad_operation,
-        columns,
-        dy_columns,
-        sizes,
-        sizes_dims,
-        dw_dims,
-        recipe.made_in(w_type.dtype),
-        num_sms=recipe.num_sms,
-    )
+    options = {"out": dw_dims, "out_dtype": recipe.made_in(w_type.dtype)}
+    options |= weight_gradient_options(recipe)
+    dw = multiply(grouped_wgrad_operation, columns, dy_columns, **options)
     return (
         like_primal(sum_to(dx, dx_dims, x_dims), x_type),
         like_primal(sum_to(dw, dw_dims, w_dims), w_type),

@@ -36,9 +36,4 @@ constexpr int kCtasPerSm = kGated && Vector<In>::kSize == 4 ? 1 : 2;
   JAXFP8_ACTIVATION_GRAD_OF(activation_grad_##in##_##out, false, In, Out) \
   JAXFP8_ACTIVATION_GRAD_OF(activation_grad_gated_##in##_##out, true, In, Out)
 
-JAXFP8_ACTIVATION_GRAD(bf16, Bf16, e4m3, E4m3)
-JAXFP8_ACTIVATION_GRAD(bf16, Bf16, e5m2, E5m2)
-JAXFP8_ACTIVATION_GRAD(f16, F16, e4m3, E4m3)
-JAXFP8_ACTIVATION_GRAD(f16, F16, e5m2, E5m2)
-JAXFP8_ACTIVATION_GRAD(f32, F32, e4m3, E4m3)
-JAXFP8_ACTIVATION_GRAD(f32, F32, e5m2, E5m2)
+JAXFP8_QUANTIZER_FORMATS(JAXFP8_ACTIVATION_GRAD)

@@ -47,9 +47,4 @@ __device__ void activation_rows(const uint8_t* x, uint8_t* data, float* scale, i
     activation_rows<In, Out, false>(x, data, scale, m, f, Activation(activation), pow2 != 0);      \
   }
 
-JAXFP8_ACTIVATION_ROWS(bf16, Bf16, e4m3, E4m3)
-JAXFP8_ACTIVATION_ROWS(bf16, Bf16, e5m2, E5m2)
-JAXFP8_ACTIVATION_ROWS(f16, F16, e4m3, E4m3)
-JAXFP8_ACTIVATION_ROWS(f16, F16, e5m2, E5m2)
-JAXFP8_ACTIVATION_ROWS(f32, F32, e4m3, E4m3)
-JAXFP8_ACTIVATION_ROWS(f32, F32, e5m2, E5m2)
+JAXFP8_QUANTIZER_FORMATS(JAXFP8_ACTIVATION_ROWS)

@@ -109,9 +109,4 @@ __device__ void quantize_ragged(const uint8_t* x, const int32_t* group_sizes, co
         x, group_sizes, {row_data, row_scale, column_data, column_scale}, g, m, k, pow2 != 0);     \
   }
 
-JAXFP8_QUANTIZE_COLUMNS(bf16, Bf16, e4m3, E4m3)
-JAXFP8_QUANTIZE_COLUMNS(bf16, Bf16, e5m2, E5m2)
-JAXFP8_QUANTIZE_COLUMNS(f16, F16, e4m3, E4m3)
-JAXFP8_QUANTIZE_COLUMNS(f16, F16, e5m2, E5m2)
-JAXFP8_QUANTIZE_COLUMNS(f32, F32, e4m3, E4m3)
-JAXFP8_QUANTIZE_COLUMNS(f32, F32, e5m2, E5m2)
+JAXFP8_QUANTIZER_FORMATS(JAXFP8_QUANTIZE_COLUMNS)

@@ -42,9 +42,4 @@ __device__ void quantize_rows(const uint8_t* x, uint8_t* data, float* scale, int
     quantize_rows<In, Out>(x, data, scale, m, k, pow2 != 0);                               \
   }
 
-JAXFP8_QUANTIZE_ROWS(bf16, Bf16, e4m3, E4m3)
-JAXFP8_QUANTIZE_ROWS(bf16, Bf16, e5m2, E5m2)
-JAXFP8_QUANTIZE_ROWS(f16, F16, e4m3, E4m3)
-JAXFP8_QUANTIZE_ROWS(f16, F16, e5m2, E5m2)
-JAXFP8_QUANTIZE_ROWS(f32, F32, e4m3, E4m3)
-JAXFP8_QUANTIZE_ROWS(f32, F32, e5m2, E5m2)
+JAXFP8_QUANTIZER_FORMATS(JAXFP8_QUANTIZE_ROWS)

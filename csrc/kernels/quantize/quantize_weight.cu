@@ -74,9 +74,4 @@ __device__ void quantize_weight(const uint8_t* w, uint8_t* data, float* scale, u
     quantize_weight<In, Out, true>(w, data, scale, transposed, m, k, pow2 != 0);              \
   }
 
-JAXFP8_QUANTIZE_WEIGHT(bf16, Bf16, e4m3, E4m3)
-JAXFP8_QUANTIZE_WEIGHT(bf16, Bf16, e5m2, E5m2)
-JAXFP8_QUANTIZE_WEIGHT(f16, F16, e4m3, E4m3)
-JAXFP8_QUANTIZE_WEIGHT(f16, F16, e5m2, E5m2)
-JAXFP8_QUANTIZE_WEIGHT(f32, F32, e4m3, E4m3)
-JAXFP8_QUANTIZE_WEIGHT(f32, F32, e5m2, E5m2)
+JAXFP8_QUANTIZER_FORMATS(JAXFP8_QUANTIZE_WEIGHT)

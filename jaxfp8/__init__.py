@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from . import flax as flax
     from . import maxtext as maxtext
     from . import qwix as qwix
+    from . import safetensors as safetensors
     from . import testing as testing
     from . import tokamax as tokamax
     from . import validate as validate
@@ -93,8 +94,8 @@ _MODULES = {
 
 __all__ = [*sorted(_MODULES), "__version__"]
 
-# Not in __all__: each needs its framework (`pip install 'jaxfp8[frameworks]'`).
-_INTEGRATIONS = ("equinox", "flax", "maxtext", "qwix", "tokamax")
+# Not in __all__: each needs a package of others (the extras `frameworks` and, for safetensors, `models`).
+_INTEGRATIONS = ("equinox", "flax", "maxtext", "qwix", "safetensors", "tokamax")
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,8 @@ class Line:
 
     **Arguments:**
 
-    - `name`: its weight's path if autocast chose it, else its name scopes.
+    - `name`: the path of its weight among the function's arguments, else its name scopes, else the line of the program
+      that makes it, such as `train.py:12 loss`.
     - `role`: `"forward"`, `"recomputed"` (under remat), `"input gradient"` or `"weight gradient"`.
     - `operation`: the JAX operation, or the kernel's.
     - `groups`, `m`, `n`, `k`: sizes; `groups` products of `(m, k) . (k, n)`, or `m` rows in `groups` ragged groups (in

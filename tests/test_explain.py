@@ -1,6 +1,7 @@
 """explain lists each product of a function and of its gradient, by what runs it, and adds up."""
 
 import collections
+import io
 import math
 
 import jax
@@ -359,15 +360,30 @@ def test_convolutions_are_listed():
 
 def test_printed_forms(explained):
     text = str(explained)
+    head, rows = explained.table()
     assert "params.layers.up" in text and "products in FP8" in text
-    assert explained._repr_html_().count("<tr>") == len(text.splitlines()) - 2 - len(
-        explained.totals()
-    )
+    assert explained._repr_html_().count("<tr>") == 1 + len(rows)
     assert explained.to_dicts()[0]["flops"] == explained.lines[0].flops
-    rich = pytest.importorskip("rich.console")
-    console = rich.Console(width=200, record=True, file=open("/dev/null", "w"))
-    console.print(explained)
-    assert "params.layers.up" in console.export_text()
+    assert printed(explained, 250).count("│") == len(rows) * (1 + len(head))
+
+
+def test_what_is_printed_fits_80_columns(explained):
+    """Every cell is there, whole: its product's name above its figures, its kernel below."""
+    text = str(explained)
+    assert max(map(len, text.splitlines())) <= 80
+    assert printed(explained, 80) == text + "\n"
+    at, name = 0, ""
+    for row in explained.table()[1]:
+        if row[0] != name:
+            at, name = text.index(f"\n{row[0]}\n", at), row[0]
+        for cell in (row[1], row[2], row[3], row[4], *row[6:], row[5]):
+            at = text.index(cell, at) + len(cell)
+
+
+def printed(explanation, width):
+    console = pytest.importorskip("rich.console").Console(width=width, file=io.StringIO())
+    console.print(explanation)
+    return console.file.getvalue()
 
 
 def test_refuses():

@@ -13,6 +13,7 @@ The model's code does not change. While the model is called, qwix replaces `jax.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -96,24 +97,16 @@ class Fp8Provider(qwix.QuantizationProvider):
     ) -> jax.Array:
         """`jax.lax.dot_general` under the rules."""
         recipe = self._recipe("dot_general")
-        if recipe is None:
-            return jax.lax.dot_general(
+        if recipe is None or not _weight_first(lhs, rhs):
+            ours = functools.partial(dot_general, recipe=recipe)
+            product = jax.lax.dot_general if recipe is None else ours
+            return product(
                 lhs,
                 rhs,
                 dimension_numbers,
                 precision,
                 preferred_element_type,
                 out_sharding=out_sharding,
-            )
-        if not _weight_first(lhs, rhs):
-            return dot_general(
-                lhs,
-                rhs,
-                dimension_numbers,
-                precision,
-                preferred_element_type,
-                out_sharding=out_sharding,
-                recipe=recipe,
             )
         (left, right), (left_batch, right_batch) = dimension_numbers
         batch, columns = len(left_batch), lhs.ndim - len(left) - len(left_batch)

@@ -21,7 +21,7 @@ import qwix
 from ._arrays import checks
 from ._arrays.blocks import ROW, SQUARE
 from ._arrays.quantized_array import QuantizedArray
-from ._arrays.recipe import FP8_DTYPES, Recipe, current_recipe
+from ._arrays.recipe import FP8_DTYPES, Recipe, current_recipe, gradient_recipe
 from ._primitives.mesh import match_varying
 from .kernels.grouped_gemm import grouped_gemm, grouped_wgrad_gemm
 from .kernels.quantize import quantize, quantize_both
@@ -122,10 +122,7 @@ def _ragged_wgrad(static, lhs, rhs, sizes):
     """lhs (M, K), rhs (M, N) -> (G, K, N): of each group's rows, lhs^T . rhs."""
     recipe, out_dtype = static
     _, left = quantize_both(lhs, group_sizes=sizes, recipe=recipe)
-    gradient = dataclasses.replace(
-        recipe, dtype=recipe.grad_dtype, scale_format=recipe.backward_scale_format
-    )
-    _, right = quantize_both(rhs, group_sizes=sizes, recipe=gradient)
+    _, right = quantize_both(rhs, group_sizes=sizes, recipe=gradient_recipe(recipe))
     return grouped_wgrad_gemm(left, right, sizes, out_dtype=out_dtype, num_sms=recipe.num_sms)
 
 

@@ -178,6 +178,13 @@ def forward_format(recipe: Recipe) -> Format:
     return Format(recipe.dtype, recipe.scale_format == "pow2")
 
 
+def gradient_recipe(recipe: Recipe) -> Recipe:
+    """The recipe by which a gradient is quantized as a recipe's activations are."""
+    return dataclasses.replace(
+        recipe, dtype=recipe.grad_dtype, scale_format=recipe.backward_scale_format
+    )
+
+
 def gradient_format(recipe: Recipe) -> Format:
     """Format of gradients."""
     return Format(recipe.grad_dtype, recipe.backward_scale_format == "pow2")

@@ -14,6 +14,7 @@ from .._arrays.recipe import (
     Recipe,
     forward_format,
     gradient_format,
+    gradient_recipe,
     result_options,
     weight_gradient_options,
 )
@@ -113,15 +114,14 @@ def _ragged(product: Candidate, operands, recipe: Recipe) -> jax.Array:
     lhs, rhs, sizes = operands
     if product.role == "forward":
         return ragged_dot(lhs, rhs, sizes, preferred_element_type=product.out_dtype, recipe=recipe)
-    forward = {"dtype": recipe.dtype, "scale_format": recipe.scale_format}
-    gradient = {"dtype": recipe.grad_dtype, "scale_format": recipe.backward_scale_format}
+    gradient = gradient_recipe(recipe)
     out_dtype = product.out_dtype if product.out_dtype in checks.OUTPUT_DTYPES else jnp.float32
     common: dict[str, Any] = {"out_dtype": out_dtype, "num_sms": recipe.num_sms}
     if product.role == "input gradient":
-        _, weight = quantize_weight(rhs, **forward)
-        y = grouped_gemm(quantize(lhs, **gradient), weight, sizes, **common)
+        _, weight = quantize_weight(rhs, recipe=recipe)
+        y = grouped_gemm(quantize(lhs, recipe=gradient), weight, sizes, **common)
     else:
-        _, x = quantize_both(lhs, group_sizes=sizes, **forward)
-        _, dy = quantize_both(rhs, group_sizes=sizes, **gradient)
+        _, x = quantize_both(lhs, group_sizes=sizes, recipe=recipe)
+        _, dy = quantize_both(rhs, group_sizes=sizes, recipe=gradient)
         y = grouped_wgrad_gemm(x, dy, sizes, **common)
     return y.astype(product.out_dtype)

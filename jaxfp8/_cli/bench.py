@@ -20,7 +20,7 @@ from rich.table import Table
 
 from .._tools.explanation import readable_time
 from .models import MODELS, Shape
-from .shapes import shapes_argument
+from .shapes import model_option, shapes_argument
 
 
 class Measured(NamedTuple):
@@ -47,7 +47,7 @@ SMALL_SHAPES = [Shape(f"{m}x{n}x{k}", m, n, k) for m, n, k in ((256, 512, 512), 
 
 @click.command("bench")
 @shapes_argument
-@click.option("--model", type=click.Choice(sorted(MODELS)), help="One layer of a model.")
+@model_option
 @click.option(
     "--tokens",
     type=click.IntRange(1),

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .models import Shape
+from .models import MODELS, Shape
 
 ALLOWED = "allowed: M N K, MxNxK, or MxNxK/G for G ragged groups, all positive"
 
@@ -43,6 +43,10 @@ shapes_argument = click.argument(
     "shapes", nargs=-1, callback=_shapes, metavar="[M N K | MxNxK[/G]]..."
 )
 """Any number of shapes, none too."""
+
+model_option = click.option(
+    "--model", type=click.Choice(sorted(MODELS)), help="One layer of a model."
+)
 
 _shape_argument = click.argument(
     "shape", nargs=-1, required=True, callback=_one_shape, metavar="M N K | MxNxK[/G]"

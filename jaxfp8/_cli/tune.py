@@ -12,12 +12,12 @@ from rich.table import Table
 from .._tools.explanation import readable_time
 from .bench import operands, trained
 from .models import MODELS, Shape
-from .shapes import shapes_argument
+from .shapes import model_option, shapes_argument
 
 
 @click.command("tune")
 @shapes_argument
-@click.option("--model", type=click.Choice(sorted(MODELS)), help="One layer of a model.")
+@model_option
 @click.option(
     "--tokens",
     type=click.IntRange(1),

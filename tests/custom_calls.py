@@ -222,11 +222,11 @@ def _quantize(kind: str) -> Callable:
 
 def _activation(kind: str) -> Callable:
     """On operands whose activation is exact: results are known to the bit."""
-    ragged, gradient = "ragged" in kind, "grad" in kind
+    ragged, gradient, names = "ragged" in kind, "grad" in kind, oracle_activation.ACTIVATIONS
 
     def draw(rng, sizes=None, most=300, dims=None) -> Call:
         source, dtype = (BF16, F16, F32)[rng.integers(3)], (E4M3, E5M2)[rng.integers(2)]
-        pow2, name = bool(rng.integers(2)), ("silu", "gelu")[rng.integers(2)]
+        pow2, name = bool(rng.integers(2)), names[rng.integers(len(names))]
         g, (m, f) = int(rng.integers(1, 3)), dims or (size(rng, most), size(rng, most))
         a = rng.integers(1, 3)
         batch = () if ragged or kind == "rows" else (g,)
@@ -255,7 +255,7 @@ def _activation(kind: str) -> Callable:
             f"jaxfp8_activation_{kind}_v1",
             operands,
             [(v.dtype, dims) for v, dims in zip(want, shapes, strict=True)],
-            {"pow2": pow2, "activation": ("silu", "gelu").index(name)},
+            {"pow2": pow2, "activation": names.index(name)},
             check,
             text=f"group sizes {sizes.tolist()}" if ragged else "",
         )

@@ -202,7 +202,6 @@ def quantizer_call(kind, x, dtype, *, pow2=False, group_sizes=None, sms=2):
 
 DENSE_ACTIVATIONS = ("rows", "both", "grad_both")
 RAGGED_ACTIVATIONS = ("ragged_both", "ragged_grad_both")
-ACTIVATIONS = ("silu", "gelu")
 
 
 def ordinary(seed, shape, dtype):
@@ -245,7 +244,7 @@ def activation_call(kind, x, dy, dtype, *, activation="silu", pow2=False, group_
         inputs,
         results,
         pow2=pow2,
-        activation=ACTIVATIONS.index(activation),
+        activation=oracle_activation.ACTIVATIONS.index(activation),
         device_sms=sms,
     )
     return planned, inputs, results

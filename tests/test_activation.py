@@ -113,7 +113,7 @@ UP, DOWN = np.zeros((96, 2, 128), np.float32), np.zeros((128, 72), np.float32)
 BAD = {
     "activation": (
         lambda x: jaxfp8.mlp(x, UP, DOWN, activation="relu"),
-        r"activation is 'relu'; allowed: 'silu', 'gelu' \(the tanh .* call jaxfp8.linear twice",
+        r"activation is 'relu'; allowed: 'silu', 'gelu' \(gelu by its tanh .* call jaxfp8.linear twice",
     ),
     "activation of experts": (
         lambda x: jaxfp8.ragged_mlp(x, UP[None], DOWN[None], np.array([4]), activation="erf"),

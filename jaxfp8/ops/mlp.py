@@ -37,8 +37,8 @@ def check_mlp(function, x, w_up, w_down, activation, preferred_element_type, rec
     if activation not in ACTIVATIONS:
         allowed, product = ", ".join(map(repr, ACTIVATIONS)), "ragged_dot" if groups else "linear"
         raise ValueError(
-            f"{function}: activation is {activation!r}; allowed: {allowed} (the tanh approximation); for others, "
-            f"jax.nn.gelu(approximate=False) included, call jaxfp8.{product} twice with the activation between"
+            f"{function}: activation is {activation!r}; allowed: {allowed} (gelu by its tanh approximation); for "
+            f"others, jax.nn.gelu(approximate=False) included, call jaxfp8.{product} twice with the activation between"
         )
     x = checks.array(function, "x", x, "(M, K)" if groups else "(..., K)")
     quantized_up, quantized_down = (

@@ -32,20 +32,6 @@ def _has_nvcc() -> bool:
     )
 
 
-def _require_compiler(config_settings) -> None:
-    """Says what is missing before anything is downloaded; where CMake is told of a compiler, it looks itself."""
-    told = " ".join(os.environ.get(name, "") for name in ("CMAKE_ARGS", "SKBUILD_CMAKE_ARGS"))
-    told += str(config_settings or "")
-    if os.environ.get("CXX") or "CMAKE_CXX_COMPILER" in told or "CMAKE_TOOLCHAIN_FILE" in told:
-        return
-    names = ("c++", "CC", "g++", "aCC", "icpx", "icx", "clang++")  # CMake's own order
-    if not any(map(shutil.which, names)):
-        raise SystemExit(
-            "jaxfp8: there is no C++ compiler (c++, g++, clang++; CXX is not set), and the package is built from "
-            "source. Install one with C++20 (Debian: apt-get install g++), or set CXX"
-        )
-
-
 def _extra_requirements() -> list[str]:
     cuda = os.environ.get("JAXFP8_CUDA", "AUTO").upper()
     wheels_exist = sys.platform == "linux" and platform.machine() == "x86_64"
@@ -55,10 +41,8 @@ def _extra_requirements() -> list[str]:
 
 
 def get_requires_for_build_wheel(config_settings=None):
-    _require_compiler(config_settings)
     return _backend.get_requires_for_build_wheel(config_settings) + _extra_requirements()
 
 
 def get_requires_for_build_editable(config_settings=None):
-    _require_compiler(config_settings)
     return _backend.get_requires_for_build_editable(config_settings) + _extra_requirements()

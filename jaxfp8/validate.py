@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend import source_info_util
 
 from ._arrays.blocks import SQUARE
 from ._arrays.quantized_array import QuantizedArray
@@ -26,7 +26,6 @@ from ._arrays.recipe import Recipe
 from ._primitives import operation as _operation
 from ._primitives.call import Call
 from ._primitives.operation import Operation
-from ._tools.names import line_of, weight_in
 from .kernels.activation import TWO
 from .kernels.gather import take_rows
 from .kernels.quantize import quantize, weight_operation
@@ -367,9 +366,19 @@ def _shape(call: Call, sizes: dict[str, int]) -> tuple[int, int, int]:
 
 
 def _caller() -> str:
-    """The weight of the product being called, if autocast chose it, else the line of the program that calls it."""
-    here = source_info_util.current()
-    return weight_in(str(here.name_stack)) or line_of(here.traceback)
+    """The line of the user's program from which a product is called."""
+    libraries = tuple(
+        f"{name}." for name in ("jaxfp8", "jax", "flax", "equinox", "qwix", "tokamax")
+    )
+    frame = sys._getframe(2)
+    while frame.f_back is not None:
+        module = f"{frame.f_globals.get('__name__', '')}."
+        inner = frame.f_code.co_filename.startswith("<")
+        if not inner and not module.startswith((*libraries, "contextlib.", "functools.")):
+            break
+        frame = frame.f_back
+    file = os.path.basename(frame.f_code.co_filename)
+    return f"{file}:{frame.f_lineno} {frame.f_code.co_name}"
 
 
 def _probed(operation: Operation) -> Operation:
@@ -426,8 +435,7 @@ class ProductError:
 
     **Arguments:**
 
-    - `name`: its place in the order of calls, and the path of its weight if autocast found it, else the line that calls
-      it.
+    - `name`: its place in the order of calls, and the line that calls it.
     - `shape`: (M, K, N): rows in all, contraction, columns.
     - `forward`, `dgrad`, `wgrad`: errors of the result and of both gradients, over every time that it ran (the steps of
       a scan are one product); None for what did not run.

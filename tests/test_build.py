@@ -309,19 +309,6 @@ def test_the_wheels_are_not_asked_for_where_they_are_not_needed(backend, monkeyp
         assert not cuda_requirements(backend)
 
 
-def test_a_build_without_a_compiler_says_so_before_it_asks_for_anything(backend, monkeypatch):
-    for variable in ("CXX", "CMAKE_ARGS", "SKBUILD_CMAKE_ARGS"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("PATH", "")
-    hooks = backend.get_requires_for_build_wheel, backend.get_requires_for_build_editable
-    for hook in hooks:
-        with pytest.raises(SystemExit, match="there is no C\\+\\+ compiler"):
-            hook()
-        assert hook({"cmake.define.CMAKE_CXX_COMPILER": "/opt/g++"})
-    monkeypatch.setenv("CXX", "/opt/g++")
-    assert all(hook() for hook in hooks)
-
-
 def test_nvcc_is_found_on_path_and_in_cuda_home(tmp_path):
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.parent.mkdir()

@@ -120,7 +120,6 @@ def test_doctor_asks_the_driver_and_lists_plugins(monkeypatch, status, plugins, 
 
     monkeypatch.setattr(doctor.ctypes, "CDLL", lambda name: Driver())
     packages = [SimpleNamespace(name=n, version="1.0") for n in plugins]
-    jax.devices()  # looks for plugins among the packages, once
     monkeypatch.setattr(doctor.metadata, "distributions", lambda: packages)
     text = run("doctor", "--no-run", status=int(status != 0))
     assert found in text and ("1 problem: CUDA driver" in text) == (status != 0)
@@ -267,21 +266,6 @@ def test_bench_on_a_cpu_says_that_it_says_nothing_about_a_gpu(tmp_path):
     assert dense["flops"] == 3 * 2 * 128**3 and dense["fp8"] > 0 < dense["bf16"]
     assert ragged["shape"]["groups"] == 3 and "ragged_dot" in text
     assert record["doubts"] and (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("model", sorted(MODELS))
-def test_the_table_of_bench_fits_80_columns(model, monkeypatch):
-    def measure(shape, mode, rounds, seconds, advance):
-        flops = 6 * shape.m * shape.n * shape.k
-        return bench.Measured(shape, flops / 1234e12, flops / 678.9e12, 0.01, flops)
-
-    monkeypatch.setattr(bench, "measure", measure)
-    text = run("--width", "80", "bench", "--model", model, "--tokens", "8192")
-    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
-    for shape in MODELS[model].shapes(8192):
-        assert f"{shape.m}x{shape.n}x{shape.k}" in text
-        assert set(shape.name.split()) <= set(text.replace("│", " ").split())
-    assert text.count("1.23e+03│") == text.count("679│") == len(MODELS[model].shapes(8192))
 
 
 def measured(fp8=1e-3, bf16=2e-3, spread=0.01, flops=10**12):

@@ -1,7 +1,5 @@
 """explain lists each product of a function and of its gradient, by what runs it, and adds up."""
 
-import collections
-import io
 import math
 
 import jax
@@ -154,90 +152,6 @@ def test_the_operations_are_found_where_they_are_called_by_hand():
     assert len(both.lines) == 3
 
 
-def named(explanation):
-    """How many products each name has."""
-    return dict(collections.Counter(line.name for line in explanation.lines))
-
-
-def two_linears(params, x):
-    return jaxfp8.linear(jaxfp8.linear(x, params["up"]), params["down"]).astype(jnp.float32).sum()
-
-
-@pytest.mark.parametrize("inside", ["called", "jit", "scan and remat", "quantized ahead"])
-def test_an_operation_called_by_hand_has_its_weights_name_in_both_directions(inside):
-    params = {"up": struct(D, F), "down": struct(F, D)}
-    f = two_linears
-    if inside == "jit":
-        f = jax.jit(f)
-    elif inside == "quantized ahead":
-
-        def f(params, x):
-            return two_linears(jax.tree.map(jaxfp8.prequantize, params), x)
-
-    elif inside == "scan and remat":
-        params = {name: struct(LAYERS, *w.shape) for name, w in params.items()}
-
-        @jax.checkpoint
-        def layer(x, p):
-            return jaxfp8.mlp(x, p["up"], p["down"]), None
-
-        def f(params, x):
-            return lax.scan(layer, x, params)[0].astype(jnp.float32).sum()
-
-    counts = named(explain(f, params, struct(T, D)))
-    assert set(counts) == {"params.up", "params.down"} and min(counts.values()) == 3
-
-
-def test_both_products_of_an_mlp_have_their_own_weights_name():
-    params = {"up": struct(D, 2, F), "down": struct(F, D)}
-
-    def f(params, x):
-        return jaxfp8.mlp(x, params["up"], params["down"]).astype(jnp.float32).sum()
-
-    found = explain(f, params, struct(T, D))
-    sizes = {"params.up": {D, 2 * F, T}, "params.down": {D, F, T}}
-    assert named(found) == {"params.up": 3, "params.down": 3}
-    assert all({line.m, line.n, line.k} == sizes[line.name] for line in found.lines)
-
-
-def converted(framework):
-    """A loss of two converted layers, its arguments, and the names of their weights."""
-    if framework == "equinox":
-        eqx = pytest.importorskip("equinox")
-        model = jaxfp8.equinox.convert(eqx.nn.MLP(D, D, F, 1, key=jax.random.key(0)))
-        names = {"model.layers.0.weight", "model.layers.1.weight"}
-        return lambda model, x: jax.vmap(model)(x).sum(), (model, struct(T, D)), names
-    nnx = pytest.importorskip("flax.nnx")
-    layers = [nnx.Linear(*s, rngs=nnx.Rngs(0)) for s in ((D, F), (F, D))]
-    model = jaxfp8.flax.convert(nnx.Sequential(*layers))
-    names = {"model.layers.0.kernel", "model.layers.1.kernel"}
-    return lambda model, x: model(x).sum(), (model, struct(T, D)), names
-
-
-@pytest.mark.parametrize("framework", ["equinox", "flax"])
-def test_a_converted_layer_has_its_weights_name(framework):
-    f, arguments, names = converted(framework)
-    assert named(explain(f, *arguments)) == dict.fromkeys(names, 3)
-
-
-def test_what_has_no_weights_name_has_that_of_its_line():
-    """Though equal calls share one traced program, each has its own line."""
-
-    def f(w, x):
-        a = jaxfp8.linear(x, w + w[:1] * x[0, 0])
-        b = jaxfp8.linear(x, w - w[:1] * x[0, 0])
-        return a + b
-
-    first = f.__code__.co_firstlineno
-    found = explain(f, struct(D, F), struct(T, D), gradient=False)
-    assert named(found) == {f"test_explain.py:{first + n} f": 1 for n in (1, 2)}
-    # A gradient that the program takes itself is no longer known to be of a weight.
-    step = jax.grad(two_linears)
-    names = set(named(explain(step, {"up": struct(D, F), "down": struct(F, D)}, struct(T, D))))
-    line = f"test_explain.py:{two_linears.__code__.co_firstlineno + 1} two_linears"
-    assert names == {"params.up", "params.down", line}
-
-
 def mlp_loss(ragged):
     def f(up, down, x):
         if ragged:
@@ -360,30 +274,15 @@ def test_convolutions_are_listed():
 
 def test_printed_forms(explained):
     text = str(explained)
-    head, rows = explained.table()
     assert "params.layers.up" in text and "products in FP8" in text
-    assert explained._repr_html_().count("<tr>") == 1 + len(rows)
+    assert explained._repr_html_().count("<tr>") == len(text.splitlines()) - 2 - len(
+        explained.totals()
+    )
     assert explained.to_dicts()[0]["flops"] == explained.lines[0].flops
-    assert printed(explained, 250).count("│") == len(rows) * (1 + len(head))
-
-
-def test_what_is_printed_fits_80_columns(explained):
-    """Every cell is there, whole: its product's name above its figures, its kernel below."""
-    text = str(explained)
-    assert max(map(len, text.splitlines())) <= 80
-    assert printed(explained, 80) == text + "\n"
-    at, name = 0, ""
-    for row in explained.table()[1]:
-        if row[0] != name:
-            at, name = text.index(f"\n{row[0]}\n", at), row[0]
-        for cell in (row[1], row[2], row[3], row[4], *row[6:], row[5]):
-            at = text.index(cell, at) + len(cell)
-
-
-def printed(explanation, width):
-    console = pytest.importorskip("rich.console").Console(width=width, file=io.StringIO())
-    console.print(explanation)
-    return console.file.getvalue()
+    rich = pytest.importorskip("rich.console")
+    console = rich.Console(width=200, record=True, file=open("/dev/null", "w"))
+    console.print(explained)
+    assert "params.layers.up" in console.export_text()
 
 
 def test_refuses():

@@ -152,16 +152,6 @@ def test_comparison_through_scan_remat_vmap_weights_quantized_ahead_and_experts(
     assert all(g.error < 0.25 for g in found.gradients)
 
 
-def test_products_that_autocast_chose_have_their_weights_names():
-    def loss(params, x):
-        h, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params["stack"])
-        return jnp.mean((h @ params["last"]) ** 2)
-
-    params = {"stack": f32(0, 2, 128, 128) / 11, "last": f32(1, 128, 128) / 11}
-    found = jaxfp8.validate.compare(jaxfp8.autocast(loss), params, f32(9, 128, 128))
-    assert [p.name for p in found.products] == ["0: params.stack", "1: params.last"]
-
-
 def test_a_comparison_leaves_no_trace_and_needs_a_product():
     params, x = parameters(), f32(9, 72, 128)
     f = jax.jit(model)

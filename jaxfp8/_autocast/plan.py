@@ -18,14 +18,6 @@ class Found:
 
 
 @dataclasses.dataclass(frozen=True)
-class Written:
-    """An FP8 operation that the program calls itself, at equation `index`, and the paths of its weights."""
-
-    index: int
-    paths: tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
 class Nested:
     """An equation with jaxprs in which products were found, and where its operands come from."""
 
@@ -43,14 +35,14 @@ class Nested:
 class AutocastPlan:
     """The products of a jaxpr, with those of the jaxprs inside it."""
 
-    items: tuple[Found | Written | Nested, ...]
+    items: tuple[Found | Nested, ...]
 
     def products(self) -> Iterable[Candidate]:
         """Every product, in program order."""
         for item in self.items:
             if isinstance(item, Found):
                 yield item.product
-            elif isinstance(item, Nested):
+            else:
                 for _, plan in item.bodies:
                     yield from plan.products()
 

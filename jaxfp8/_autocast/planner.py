@@ -32,21 +32,7 @@ from .candidate import (
 from .jaxprs import ENTERED, bodies, computes_cotangents, join_scopes, open_jaxpr, scan_counts
 from .logits import NONE, Axes, Logits
 from .origins import ELEMENTWISE_OR_SHAPE, NOWHERE, Input, Knowledge, Origin, merge
-from .plan import AutocastPlan, Found, Nested, Written
-
-_WEIGHTS = {
-    "jaxfp8_dot": (1,),
-    "jaxfp8_ragged_dot": (1,),
-    "jaxfp8_mlp": (1, 2),
-    "jaxfp8_ragged_mlp": (1, 2),
-    "jaxfp8_moe": (1, 2),
-    "jaxfp8_gemm": (2,),
-    "jaxfp8_gemm_gated": (2,),
-    "jaxfp8_grouped_gemm": (2,),
-    "jaxfp8_grouped_gemm_gated": (2,),
-    "jaxfp8_masked_grouped_gemm": (2,),
-}
-"""Operands of our operations that are weights, or the data of one."""
+from .plan import AutocastPlan, Found, Nested
 
 
 class Planner:
@@ -83,7 +69,7 @@ class Planner:
                 self.knowledge.varying |= origins[v].leaves
         origins.update(zip(jaxpr.invars, ins, strict=True))
 
-        items: list[Found | Written | Nested] = []
+        items: list[Found | Nested] = []
         for i, eqn in enumerate(jaxpr.eqns):
             operands = [read(v) for v in eqn.invars]
             name = eqn.primitive.name
@@ -97,9 +83,6 @@ class Planner:
                 if any(plan.items for _, plan in found):
                     items.append(Nested(i, tuple(found), tuple(operands)))
             else:
-                if name in _WEIGHTS:
-                    paths = [self.knowledge.path(operands[w]) for w in _WEIGHTS[name]]
-                    items.append(Written(i, tuple(paths)))
                 outs = self._other(eqn, operands)
             origins.update(zip(eqn.outvars, outs, strict=True))
         return AutocastPlan(tuple(items)), [read(v) for v in jaxpr.outvars]

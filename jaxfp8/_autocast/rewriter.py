@@ -53,7 +53,6 @@ def _signature(plan: AutocastPlan) -> Any:
         if isinstance(i, Found)
         else (i.index, tuple((key, _signature(inner)) for key, inner in i.bodies))
         for i in plan.items
-        if isinstance(i, Found | Nested)
     )
 
 
@@ -302,13 +301,7 @@ def kept_scope(reason: str) -> str:
 
 def fp8_scope(weight_path: str) -> str:
     """The name scope of a product that autocast chose: profiles show whose it is."""
-    name = weight_name(weight_path)
-    return f"{FP8_SCOPE}[{name}]" if name else FP8_SCOPE
-
-
-def weight_name(path: str) -> str:
-    """The path of a weight as name scopes can hold it: `params['up'].kernel` is params.up.kernel."""
-    names = [n for n in re.split(r"[.\[\]'\"/()]+", path) if n]
+    names = [n for n in re.split(r"[.\[\]'\"/()]+", weight_path) if n]
     if names and names[-1] == "value":  # of an nnx variable
         names.pop()
-    return ".".join(names)
+    return f"{FP8_SCOPE}[{'.'.join(names)}]" if names else FP8_SCOPE

@@ -316,17 +316,17 @@ def doubtful(
 
 
 def _table(title: str, measured: Sequence[Measured]) -> Table:
-    """A product a row, its sizes below its name: 80 columns hold it."""
-    table = Table(title=title, padding=(0, 0, 0, 1), collapse_padding=True)
-    table.add_column("product, MxNxK")
+    table = Table(title=title)
+    for heading in ("product", "M x N x K"):
+        table.add_column(heading)
     for heading in ("FP8", "BF16", "FP8 TFLOP/s", "BF16 TFLOP/s", "spread", "speedup"):
-        table.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
+        table.add_column(heading, justify="right")
     for m in measured:
         s = m.shape
-        sizes = f"{s.m}x{s.n}x{s.k}" + (f"/{s.groups}" if s.groups else "")
-        operation = "ragged_dot" if s.groups else "linear"
+        sizes = f"{s.m} x {s.n} x {s.k}" + (f", {s.groups} groups" if s.groups else "")
         table.add_row(
-            f"{operation if re.match(r'[0-9]+x', s.name) else s.name}\n{sizes}",
+            s.name if not re.match(r"\d+x", s.name) else "linear" if not s.groups else "ragged_dot",
+            sizes,
             readable_time(m.fp8),
             readable_time(m.bf16),
             f"{m.flops / m.fp8 / 1e12:.3g}",
@@ -339,6 +339,7 @@ def _table(title: str, measured: Sequence[Measured]) -> Table:
         table.add_section()
         table.add_row(
             "sum",
+            "",
             readable_time(fp8),
             readable_time(bf16),
             *[""] * 3,

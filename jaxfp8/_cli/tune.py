@@ -61,7 +61,7 @@ def command(
         {p for s in todo for p in jaxfp8.products_of(trained(s), *operands(s, abstract=True))}
     )
     table = Table(title=str(out))
-    for heading in ("product, GxMxNxK", "configuration"):
+    for heading in ("product", "groups x M x N x K", "configuration"):
         table.add_column(heading)
     for heading in ("time", "slowest"):
         table.add_column(heading, justify="right")
@@ -69,9 +69,9 @@ def command(
         task = progress.add_task("", total=len(products))
 
         def report(product, config, seconds):
-            sizes = f"{product.groups}x{product.m}x{product.n}x{product.k}"
+            sizes = f"{product.groups} x {product.m} x {product.n} x {product.k}"
             times = readable_time(seconds[config]), readable_time(max(seconds.values()))
-            table.add_row(f"{product.kind}\n{sizes}", config, *times)
+            table.add_row(product.kind, sizes, config, *times)
             progress.advance(task)
 
         try:

@@ -20,14 +20,13 @@ from .._autocast import planner as prods
 from .._autocast.candidate import dimensions
 from .._autocast.jaxprs import computes_cotangents, join_scopes, open_jaxpr
 from .._autocast.origins import Input, Origin
-from .._autocast.plan import AutocastPlan, Nested
+from .._autocast.plan import AutocastPlan
 from .._autocast.policy import AutocastPolicy
-from .._autocast.rewriter import FP8_SCOPE, KEPT_SCOPE
+from .._autocast.rewriter import FP8_SCOPE, KEPT_SCOPE, fp8_scope
 from .._autocast.traced import Traced
 from ..kernels.configurations import config_index, product_of_call
 from ..ops._traffic import EXPLAINED
 from .explanation import Explanation, Line
-from .names import GATED_SCOPE, product_name, with_names
 from .roofline import Device, device, here, nbytes
 
 WOULD_RUN = "jaxfp8.autocast would run it in FP8"
@@ -64,7 +63,6 @@ class _Walk:
         self.quantization_seconds = 0.0
         self.notes: dict[str, None] = {}
         self.gathers_rows = self.autocasts_ragged = False
-        self.operation: Any = None  # the equation of ours that is being looked into, or None
 
     def jaxpr(self, jaxpr: Any, plan: AutocastPlan, scope: str, repeats: int | None) -> None:
         jaxpr, _ = open_jaxpr(jaxpr)
@@ -91,26 +89,15 @@ class _Walk:
     def inside(self, eqn, item, scope, repeats):
         nothing = AutocastPlan(())
         bodies = jaxprs.bodies(eqn)
-        plans = dict(item.bodies) if isinstance(item, Nested) else {}
-        outer, name = self.operation, eqn.primitive.name
-        if outer is None and name.startswith("jaxfp8_"):
-            self.operation = eqn
-        if name.endswith("_gated"):
-            scope = join_scopes(scope, GATED_SCOPE)
+        plans = dict(item.bodies) if item else {}
         if not bodies:
             for inner in jaxprs_in_params(eqn.params):
                 self.jaxpr(inner, nothing, scope, repeats)
         for body in bodies:
             times = None if repeats is None or body.repeats is None else repeats * body.repeats
             self.jaxpr(body.jaxpr, plans.get(body.key, nothing), scope, times)
-        self.operation = outer
-        if len(bodies) > 1 and name == "cond" and plans:
+        if len(bodies) > 1 and eqn.primitive.name == "cond" and plans:
             self.notes["every branch of a cond is counted"] = None
-
-    def name(self, eqn, scope, weight_path=""):
-        """A product's. The jaxprs inside our operations are cached, their lines those of their first caller."""
-        by = self.operation or eqn
-        return product_name(scope, by.source_info.traceback, weight_path)
 
     # ---- kinds of products -----------------------------------------------------------------------
 
@@ -134,7 +121,7 @@ class _Walk:
             role = "recomputed" if "rematted_computation" in scope else "forward"
         self.lines.append(
             Line(
-                name=self.name(eqn, scope),
+                name=_display(scope),
                 role=role,
                 operation=name,
                 groups=groups,
@@ -203,7 +190,9 @@ class _Walk:
         role = product.role if product else "forward"
         if role == "forward" and "rematted_computation" in scope:
             role = "recomputed"
-        name = self.name(eqn, scope, product.weight_path if product else "")
+        name = _display(scope)
+        if product is not None and not name:
+            name = _display(fp8_scope(product.weight_path))
         self.xla(eqn, name, role, (groups, m, n, k), flops, reason, repeats)
 
     def convolution(self, eqn, scope, repeats):
@@ -212,8 +201,9 @@ class _Walk:
         n = out[spec.out_spec[1]]
         k = math.prod(kernel) // kernel[spec.rhs_spec[0]]
         m = math.prod(out) // n
-        name = self.name(eqn, scope)
-        self.xla(eqn, name, "forward", (1, m, n, k), 2 * m * n * k, "a convolution", repeats)
+        self.xla(
+            eqn, _display(scope), "forward", (1, m, n, k), 2 * m * n * k, "a convolution", repeats
+        )
 
     def xla(self, eqn, name, role, sizes, flops, reason, repeats):
         groups, m, n, k = sizes
@@ -252,6 +242,16 @@ def _product_sizes(name, operands, results):
     if name == "grouped_gemm":
         return rhs[0], lhs[0], rhs[1], lhs[1]
     return out[0], out[1], out[2], lhs[-1]
+
+
+def _display(scope: str) -> str:
+    """The path of the weight that autocast wrote into a scope, else the scope's own names."""
+    if found := re.search(rf"{re.escape(FP8_SCOPE)}\[([^\]]*)\]", scope):
+        return found[1]
+    scope = re.sub(rf"{re.escape(KEPT_SCOPE)}\[[^\]]*\]", "", scope)
+    names = re.split(r"[/()]+", scope)
+    hidden = ("jvp", "transpose", "vmap", "checkpoint", "rematted_computation")
+    return "/".join(n for n in names if n and n not in hidden and not n.startswith("jaxfp8."))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -295,7 +295,6 @@ def explain(
     origins = traced.origins()
     planner = prods.Planner(knowledge, policy.judge, policy.weight)
     plan, _ = planner.plan(closed, origins)
-    closed = with_names(closed, plan)
     walk = _Walk(target)
 
     wanted = _differentiated(gradient, closed, traced, knowledge)

@@ -6,14 +6,10 @@ import collections
 import dataclasses
 import html
 import re
-import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .roofline import Device
-
-COLUMNS = 80
-"""The width of a printed explanation, long names aside."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +18,7 @@ class Line:
 
     **Arguments:**
 
-    - `name`: the path of its weight among the function's arguments, else its name scopes, else the line of the program
-      that makes it, such as `train.py:12 loss`.
+    - `name`: its weight's path if autocast chose it, else its name scopes.
     - `role`: `"forward"`, `"recomputed"` (under remat), `"input gradient"` or `"weight gradient"`.
     - `operation`: the JAX operation, or the kernel's.
     - `groups`, `m`, `n`, `k`: sizes; `groups` products of `(m, k) . (k, n)`, or `m` rows in `groups` ragged groups (in
@@ -123,7 +118,7 @@ class Explanation:
         for line in self.lines:
             key = dataclasses.replace(line, name=re.sub(r"\d+", "#", line.name))
             equal[key].append(line)
-        head = ["product", "role", "GxMxNxK", "runs", "FLOP", "kernel, or why not FP8"]
+        head = ["product", "role", "G x M x N x K", "runs", "FLOP", "kernel, or why not FP8"]
         head += ["bytes", "roofline", "bf16"]
         return head, [self._row(lines) for lines in equal.values()]
 
@@ -131,7 +126,7 @@ class Explanation:
     def _row(lines: Sequence[Line]) -> list[str]:
         line, count = lines[0], len(lines)
         names = list(dict.fromkeys(li.name for li in lines))
-        sizes = f"{line.m}x{line.n}x{line.k}"
+        sizes = f"{line.m} x {line.n} x {line.k}"
         what = (
             f"{line.kernel}, {line.configuration}" if line.fp8 else f"{line.dtype}: {line.reason}"
         )
@@ -139,7 +134,7 @@ class Explanation:
         return [
             (names[0] or "-") + (f" (and {len(names) - 1} alike)" if len(names) > 1 else ""),
             line.role,
-            f"{line.groups}x{sizes}" if line.groups > 1 else sizes,
+            f"{line.groups} x {sizes}" if line.groups > 1 else sizes,
             runs,
             engineering(line.flops),
             what,
@@ -149,34 +144,19 @@ class Explanation:
         ]
 
     def __str__(self) -> str:
-        return "\n".join(text for text, _ in self._text())
+        head, rows = self.table()
+        widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
+        right = {3, 4, 6, 7, 8}
 
-    def _text(self) -> Iterator[tuple[str, str]]:
-        """The table in `COLUMNS` columns, and the style of each of its lines: a name, its products, their kernels."""
-        (_, *head), rows = self.table()
-        what = head.pop(4)
-        figures = [[*row[1:5], *row[6:]] for row in rows]
-        widths = [max(map(len, column)) for column in zip(head, *figures, strict=True)]
+        def write(row):
+            cells = (
+                c.rjust(w) if i in right else c.ljust(w)
+                for i, (c, w) in enumerate(zip(row, widths, strict=True))
+            )
+            return "  ".join(cells).rstrip()
 
-        def write(cells):
-            role, *rest = (c.rjust(w) for c, w in zip(cells, widths, strict=True))
-            return "  ".join([role.lstrip().ljust(widths[0]), *rest])
-
-        rule = "-" * (2 + sum(widths) + 2 * (len(widths) - 1))
-        yield f"  {write(head)}", "bold"
-        yield f"    {what}", "bold"
-        yield rule, ""
-        last = None
-        for row, cells in zip(rows, figures, strict=True):
-            if row[0] != last:
-                yield row[0], "bold"
-            last = row[0]
-            yield f"  {write(cells)}", ""
-            style = _style(row[5])
-            yield from ((line, style) for line in _wrapped(row[5], "    "))
-        yield rule, ""
-        for total in self.totals():
-            yield from ((line, "") for line in _wrapped(total))
+        rule = "-" * len(write(head))
+        return "\n".join([write(head), rule, *map(write, rows), rule, *self.totals()])
 
     __repr__ = __str__
 
@@ -195,27 +175,15 @@ class Explanation:
         from rich.text import Text
 
         head, rows = self.table()
-        borders = 3 * len(head) + 1
-        natural = sum(max(map(len, column)) for column in zip(head, *rows, strict=True)) + borders
-        if natural > options.max_width:
-            yield from (Text(text, style, no_wrap=True) for text, style in self._text())
-            return
         table = Table(header_style="bold")
         for i, h in enumerate(head):
-            table.add_column(h, justify="left" if i in (0, 1, 5) else "right", no_wrap=True)
+            wide = i in (0, 5)
+            table.add_column(h, justify="left" if i in (0, 1, 2, 5) else "right", no_wrap=not wide)
         for row in rows:
-            table.add_row(*row[:5], Text(row[5], _style(row[5])), *row[6:])
+            ours = not re.match(r"(float|bfloat|int|uint|complex)\d+: ", row[5])
+            table.add_row(*row[:5], Text(row[5], "green" if ours else "yellow"), *row[6:])
         yield table
         yield from (Text(t) for t in self.totals())
-
-
-def _wrapped(text: str, indent: str = "") -> list[str]:
-    return textwrap.wrap(text, COLUMNS, initial_indent=indent, subsequent_indent=indent)
-
-
-def _style(what: str) -> str:
-    """Of a kernel, or of the reason why there is none."""
-    return "yellow" if re.match(r"(float|bfloat|int|uint|complex)\d+: ", what) else "green"
 
 
 def engineering(value: float) -> str:

@@ -20,7 +20,8 @@ the names of the kernels, `TensorMap.encode()` the 128 bytes of a parameter.
 
 `seed` selects the schedule: 0 is fast, runs every warp until it blocks and completes asynchronous
 operations as late as possible; other seeds choose orders, turns and completions at random.
-`check_races=False` turns off the happens-before detector.
+`check_races=False` turns off the happens-before detector. `stop_at` says what ends a run: any finding
+(as here), an "error", or "nothing", which collects all in `report.findings` and goes on.
 
 What it finds, each an exception of `errors.py` with the PTX line and both parties: races between
 generic accesses, bulk copies, cp.async and wgmma, also between lanes of a warp that no
@@ -30,11 +31,13 @@ counts; deadlock; out-of-bounds and misaligned accesses; register budgets; bytes
 misuse of barriers, warp-synchronous instructions and descriptors. An instruction or a modifier
 that it does not know is refused, never skipped.
 
-What it does not model: time, caches, bank conflicts, memory scopes, textures, calls, and what ptxas
+Order is judged by lane, semantics and scope: who waits or arrives (clocks.py), and what atomics,
+strong accesses and fences release and acquire (order.py).
+
+What it does not model: time, caches, bank conflicts, textures, calls, and what ptxas
 does to the program. Clusters of a grid run one after another, so a CTA that waits for another
-cluster is reported as a deadlock, as CUDA does not promise that both are resident. What one lane
-acquires by a wait on an mbarrier counts as acquired by its warp. Global memory is judged between
-clusters only, until a CTA fences or acquires at gpu scope. Results of
+cluster is reported as a deadlock, as CUDA does not promise that both are resident. Global memory is
+judged between clusters only. Results of
 `.approx` instructions and of tensor cores have more bits than the hardware's (alu.py, wgmma.py).
 """
 

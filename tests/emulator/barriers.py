@@ -118,8 +118,11 @@ class Barrier(Special):
         if warp in barrier.arrived:
             issue.fault(BarrierMisuse, f"a second arrival at {barrier!r} in one phase")
         barrier.arrived.append(warp)
-        np.maximum(barrier.seen, warp.seen, out=barrier.seen)
-        np.maximum(barrier.proxied, warp.proxied, out=barrier.proxied)
+        if warp.whole(issue.mask):
+            warp.meet()
+        seen, proxied = warp.released(issue.mask)
+        np.maximum(barrier.seen, seen, out=barrier.seen)
+        np.maximum(barrier.proxied, proxied, out=barrier.proxied)
         if self.action == "red":
             barrier.votes.append(issue.value(self.vote)[warp.alive])
         if self.action == "arrive":
@@ -136,9 +139,10 @@ class Barrier(Special):
     def _pass(self, issue: Issue):
         warp = issue.warp
         assert warp.barrier_token is not None
-        warp.join_clock(*warp.barrier_token)
+        warp.acquire(issue.mask, *warp.barrier_token)
         warp.barrier_token = None
-        warp.sync_lanes()
+        if warp.whole(issue.mask):
+            warp.sync_lanes()
         if self.action == "red":
             votes = warp.barrier_votes
             assert votes is not None
@@ -153,8 +157,9 @@ class Barrier(Special):
 class ClusterBarrier:
     """The barrier of all threads of a cluster: arrive, then wait.
 
-    An arrival releases unless it is relaxed; a relaxed one still makes mbarriers that a
-    fence.mbarrier_init published usable after the wait (`Warp.cluster_passed`).
+    An arrival releases unless it is relaxed; a relaxed one releases what a fence at cluster scope
+    came after, and still makes mbarriers that a fence.mbarrier_init published usable after the wait
+    (`Warp.cluster_passed`).
     """
 
     def __init__(self, cluster: Cluster):
@@ -174,9 +179,12 @@ class ClusterBarrier:
         if warp.cluster_arrival > warp.cluster_passed:
             issue.fault(BarrierMisuse, "barrier.cluster.arrive twice without a wait")
         warp.cluster_arrival = self.round + 1
-        if not relaxed:
-            np.maximum(self.seen, warp.seen, out=self.seen)
-            np.maximum(self.proxied, warp.proxied, out=self.proxied)
+        if warp.whole(issue.mask):
+            warp.meet()
+        released = warp.fenced_for("cluster") if relaxed else warp.released(issue.mask)
+        if released:
+            np.maximum(self.seen, released[0], out=self.seen)
+            np.maximum(self.proxied, released[1], out=self.proxied)
             warp.tick()
         self.try_release()
 
@@ -185,8 +193,9 @@ class ClusterBarrier:
         if warp.cluster_arrival <= warp.cluster_passed:
             issue.fault(BarrierMisuse, "barrier.cluster.wait without an arrive")
         if self.round >= warp.cluster_arrival:
-            warp.join_clock(*self.snapshot)
-            warp.sync_lanes()
+            warp.acquire(issue.mask, *self.snapshot)
+            if warp.whole(issue.mask):
+                warp.sync_lanes()
             warp.cluster_passed = warp.cluster_arrival
             return True
         warp.blocked = self

@@ -30,7 +30,6 @@ from .errors import (
 from .machine import Cta, Warp
 from .mbarrier import MBarrier, barrier_at, shared_place
 from .parser import split_operands
-from .shared import POISON
 from .special import Issue, Special, register_decoder, tensor_map_at
 from .tensormap import DecodedMap
 
@@ -67,11 +66,8 @@ class BulkStore:
             self.written = True
 
 
-def close_bulk_groups(warp: Warp, closed: int, read_only: bool, by_one_lane: bool = False):
-    """Retires the first `closed` groups of a warp.
-
-    Where one lane waited, the other lanes know of it after the next bar.warp.sync.
-    """
+def close_bulk_groups(warp: Warp, mask: np.ndarray | None, closed: int, read_only: bool):
+    """Retires the first `closed` groups of a warp, which some of its lanes wait for."""
     kept = []
     for number, stores in warp.bulk_groups:
         if number <= closed:
@@ -80,9 +76,7 @@ def close_bulk_groups(warp: Warp, closed: int, read_only: bool, by_one_lane: boo
         if number > closed or not all(store.written for store in stores):
             kept.append((number, stores))
     warp.bulk_groups = kept
-    warp.bulk_waited = max(warp.bulk_waited, closed)
-    if not by_one_lane:
-        warp.acquire_bulk(closed)
+    warp.acquire_agent(mask, warp.cluster.first_bulk + warp.index, closed)
 
 
 @register_decoder("cp")
@@ -131,7 +125,7 @@ class BulkWait(Special):
         warp = issue.warp
         at = issue.cluster.at
         closed = warp.bulk_committed - self.allowed
-        close_bulk_groups(warp, closed, self.read_only, issue.by_one_lane)
+        close_bulk_groups(warp, issue.mask, closed, self.read_only)
         issue.cluster.at = at
         return True
 
@@ -235,17 +229,7 @@ class BulkLoad(_Transfer):
         rank, offset = shared_place(int(issue.value(self.target)[lane]))
         barrier_rank, barrier_offset = shared_place(int(issue.value(self.barrier)[lane]))
         self._check_offset(issue, offset)
-        swizzle = 0
-        fetch: Callable[[], np.ndarray]
-        if self.tensor:
-            decoded, coordinates = self._map(issue, lane)
-            nbytes, swizzle = decoded.box_bytes, decoded.swizzle
-            fetch = functools.partial(_load_box, issue, decoded, coordinates)
-        else:
-            source = int(issue.value(self.source)[lane])
-            nbytes = int(issue.value(self.size)[lane])
-            self._range(issue, source, nbytes)
-            fetch = functools.partial(_load_range, issue, source, nbytes)
+        nbytes, swizzle, fetch = self._source(issue, lane)
         ranks = [rank]
         if self.ctas is not None:
             bits = int(issue.value(self.ctas)[lane])
@@ -257,18 +241,20 @@ class BulkLoad(_Transfer):
                 issue.fault(OutOfBounds, f"a copy to cta{r}, which the cluster does not have")
             cta = cluster.ctas[r]
             if cta.exited:
-                issue.fault(ExitedCta, f"a copy into {cta.name}, which has ended")
+                issue.fault(ExitedCta, f"a copy into {cta.name}, which has ended", goes_on=False)
             home = r if self.ctas is not None else barrier_rank
             if self.ctas is None and home != r:
                 issue.fault(OutOfBounds, f"data goes to cta{r}, its mbarrier is in cta{home}")
             barrier = barrier_at(issue, home, barrier_offset)
-            barrier.check_visible(issue, asynchronous=True)
+            barrier.check_visible(issue, lane, asynchronous=True)
             span = cta.shared.span(offset, nbytes)
             cta.shared.check_lanes(warp, lane, span, "a bulk load", write=True)
-            cta.shared.async_write(warp, span, barrier.agent, barrier.clock + 1, "a bulk load")
+            cta.shared.async_write(
+                warp, lane, span, barrier.agent, barrier.clock + 1, "a bulk load"
+            )
             token = object()
             barrier.in_flight.append(token)
-            cta.shared.chunks[chunks] = POISON
+            cta.shared.chunks[chunks] = cluster.launch.poison
             targets.append((cta, barrier, token))
         at = cluster.at
         cluster.report.tma_bytes_loaded += nbytes
@@ -279,7 +265,7 @@ class BulkLoad(_Transfer):
             for cta, barrier, token in targets:
                 if cta.exited:
                     message = f"a bulk load arrives after {cta.name} has ended"
-                    cluster.fault(ExitedCta, message, other=warp.name)
+                    cluster.fault(ExitedCta, message, other=warp.name, goes_on=False)
                 cta.shared.chunks[chunks] = data
                 barrier.in_flight.remove(token)
                 barrier.add_transactions(-nbytes, "a bulk load")
@@ -291,26 +277,38 @@ class BulkLoad(_Transfer):
         else:
             cluster.loads.append(complete)
 
+    def _source(self, issue: Issue, lane: int) -> tuple[int, int, Callable[[], np.ndarray]]:
+        """What a lane copies: bytes, swizzle, and how to fetch them later."""
+        if self.tensor:
+            decoded, coordinates = self._map(issue, lane)
+            _check_box(issue, lane, decoded, coordinates)
+            fetch = functools.partial(decoded.load, issue.cluster.memory, coordinates)
+            return decoded.box_bytes, decoded.swizzle, fetch
+        source = int(issue.value(self.source)[lane])
+        nbytes = int(issue.value(self.size)[lane])
+        self._range(issue, source, nbytes)
+        return nbytes, 0, _range_of(issue, lane, source, nbytes)
 
-def _load_box(issue: Issue, decoded: DecodedMap, coordinates) -> np.ndarray:
-    memory = issue.cluster.memory
-    region = decoded.region(memory, write=False)
+
+def _check_box(issue: Issue, lane: int, decoded: DecodedMap, coordinates):
+    """May the copy that a lane issues read this box?"""
+    region = decoded.region(issue.cluster.memory, write=False)
     if region.writers is not None and issue.cluster.check_races:
         clipped = decoded.clip(coordinates)
         if clipped:
-            writers = decoded.view(region, log=True)[clipped[0]]
-            issue.cluster.launch.check_readers(issue.unit, region, writers)
-    return decoded.load(memory, coordinates)
+            stamps = decoded.view(region, log=True)[clipped[0]]
+            row = int(issue.warp.rows[lane])
+            issue.cluster.launch.check_readers(issue.warp, row, region, stamps)
 
 
-def _load_range(issue: Issue, source: int, nbytes: int) -> np.ndarray:
+def _range_of(issue: Issue, lane: int, source: int, nbytes: int) -> Callable[[], np.ndarray]:
+    """The bytes of a range, to be read later, after the same check."""
     region = issue.cluster.memory.find(source, nbytes, "bulk load")
-    start = source - region.base
+    place = slice(source - region.base, source - region.base + nbytes)
     if region.writers is not None and issue.cluster.check_races:
-        issue.cluster.launch.check_readers(
-            issue.unit, region, region.writers[start : start + nbytes]
-        )
-    return region.bytes[start : start + nbytes]
+        row = int(issue.warp.rows[lane])
+        issue.cluster.launch.check_readers(issue.warp, row, region, region.writers[place])
+    return lambda: region.bytes[place]
 
 
 class BulkStoreInstruction(_Transfer):
@@ -367,16 +365,33 @@ class BulkStoreInstruction(_Transfer):
                 _store_range, issue, target, nbytes, self.reduction, self.range_type
             )
         span = cta.shared.span(offset, nbytes)
+        if self.tensor:
+            span = _stored(decoded, coordinates, offset, span, cta.shared.granule)
         agent = cluster.first_bulk + warp.index
         cta.shared.check_lanes(warp, lane, span, "a bulk store", write=False)
+        row = warp.rows[lane]
+        seen, proxied = cluster.seen[row], cluster.proxied[row]
         cta.shared.async_read(
-            warp.name, warp.seen, warp.proxied, span, agent, warp.bulk_committed + 1, "a bulk store"
+            warp.name, seen, proxied, span, agent, warp.bulk_committed + 1, "a bulk store"
         )
         store = BulkStore(cta, swizzled_chunks(offset, nbytes, swizzle), put, cluster.at)
         if cluster.policy.completes_at_issue("store"):
             store.read()
         warp.bulk_open.append(store)
         cluster.report.tma_bytes_stored += nbytes
+
+
+def _stored(decoded: DecodedMap, coordinates, offset: int, span: slice, granule: int):
+    """The granules of a box whose elements lie in the tensor; the others are not stored."""
+    inside = np.zeros((*decoded.box[:0:-1], decoded.inner_bytes), bool)
+    clipped = decoded.clip(coordinates)
+    if clipped is not None:
+        inside[clipped[1]] = True
+    if inside.all():
+        return span
+    chunks = swizzled_chunks(offset, decoded.box_bytes, decoded.swizzle)
+    chunks = chunks[inside.reshape(-1, 16).any(axis=1)]
+    return (chunks[:, None] * (16 // granule) + np.arange(16 // granule)).reshape(-1)
 
 
 _REDUCTIONS = {"add": np.add, "min": np.minimum, "max": np.maximum}
@@ -429,12 +444,15 @@ def _log_store(issue: Issue, log: np.ndarray, what: str):
     """Marks bytes as stored by this CTA; none may have been stored before in this launch."""
     cluster = issue.cluster
     if cluster.check_races:
-        earlier = log[log != 0]
-        if earlier.size:
+        order, warp, cta = cluster.order, issue.warp, issue.cta
+        earlier = [order.stamps[n] for n in np.unique(log).tolist() if n]
+        earlier = [s for s in earlier if not order.knows(cluster, warp.index, s, "acquired")]
+        if earlier:
             cluster.fault(
                 DoubleWrite,
-                f"a bulk store to {what}: {earlier.size} bytes were already stored in this launch",
-                actor=issue.warp.name + f" of block {issue.cta.block_index}",
-                other=f"block {cluster.launch.block_of(int(earlier[0]) - 1)}",
+                f"a bulk store to {what}: bytes of it were already stored in this launch",
+                actor=warp.name + f" of block {issue.cta.block_index}",
+                other=f"block {cluster.launch.block_of(earlier[0].linear)}",
+                severity="warning" if all(s.linear == cta.linear for s in earlier) else None,
             )
-    log[...] = issue.cta.linear + 1
+    log[...] = cluster.order.stamp(issue.warp)

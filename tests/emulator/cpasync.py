@@ -17,7 +17,6 @@ import numpy as np
 from .errors import BarrierMisuse, ExitedCta, Misaligned, UnknownInstruction
 from .machine import Warp
 from .mbarrier import barrier_at, shared_place
-from .shared import POISON
 from .special import Issue, Special
 
 
@@ -49,10 +48,10 @@ class CopyGroup:
         if self.pending:
             self.complete_through(self.pending[0][0])
 
-    def acquire(self, number: int):
-        """The issuing warp sees the copies up to a number."""
+    def acquire(self, mask: np.ndarray | None, number: int):
+        """Some lanes of the issuing warp see the copies up to a number."""
         self.complete_through(number)
-        self.warp.seen[self.agent] = max(int(self.warp.seen[self.agent]), number)
+        self.warp.acquire_agent(mask, self.agent, number, proxied=False)
 
 
 def copies_of(warp: Warp) -> CopyGroup:
@@ -120,22 +119,25 @@ class CopyAsync(Special):
         each = np.repeat(lanes, len(granules) // len(lanes))
         cta.shared.generic_async_write(warp, each, granules, group.agent, group.issued + 1)
         columns = offsets[:, None] + np.arange(size)
-        cta.shared.bytes[columns] = POISON
+        cta.shared.bytes[columns] = cluster.launch.poison
         at = cluster.at
         cluster.report.generic_bytes_loaded += int(kept.sum())
 
         def step():
             cluster.at = at
             if cta.exited:
-                cluster.fault(ExitedCta, f"cp.async arrives after {cta.name} has ended")
+                message = f"cp.async arrives after {cta.name} has ended"
+                cluster.fault(ExitedCta, message, goes_on=False)
             data = np.zeros((len(lanes), size), np.uint8)
             for row, (source, count) in enumerate(zip(sources, kept, strict=True)):
                 if count:
                     region = cluster.memory.find(int(source), int(count), "cp.async")
                     start = int(source) - region.base
                     if region.writers is not None and cluster.check_races:
-                        writers = region.writers[start : start + count]
-                        cluster.launch.check_readers(issue.unit, region, writers)
+                        stamps = region.writers[start : start + count]
+                        cluster.launch.check_readers(
+                            warp, int(warp.rows[lanes[row]]), region, stamps
+                        )
                     data[row, :count] = region.bytes[start : start + count]
             cta.shared.bytes[columns] = data
 
@@ -169,9 +171,9 @@ class CopyWait(Special):
     def execute(self, issue: Issue) -> bool:
         group = copies_of(issue.warp)
         if self.allowed is None:
-            group.acquire(group.issued)
+            group.acquire(issue.mask, group.issued)
         elif len(group.commits) > self.allowed:
-            group.acquire(group.commits[len(group.commits) - 1 - self.allowed])
+            group.acquire(issue.mask, group.commits[len(group.commits) - 1 - self.allowed])
         return True
 
 
@@ -196,7 +198,7 @@ class CopyArrive(Special):
         arrivals = []
         for address, count in counts.items():
             barrier = barrier_at(issue, *shared_place(address))
-            barrier.check_visible(issue)
+            barrier.check_visible(issue, next(iter(issue.lanes())))
             if self.increments:
                 barrier.pending += count
             arrivals.append((barrier, count))

@@ -12,12 +12,20 @@ from typing import Any
 import numpy as np
 
 from . import tensormap
-from .errors import LaunchError, Race
-from .machine import REGISTER_FILE, Cluster
+from .errors import (
+    CONTINUABLE,
+    DoubleWrite,
+    EmulatorError,
+    LaunchError,
+    Race,
+    UninitializedRead,
+)
+from .machine import REGISTER_FILE, Cluster, Warp
 from .memory import Memory, Region
 from .parser import Kernel, Module
 from .program import Program
 from .scheduler import Policy, Scheduler
+from .shared import POISON
 from .tensormap import TensorMap
 
 _MAX_CLUSTER = 16
@@ -36,6 +44,8 @@ class Report:
         shared_bytes: the highest byte of shared memory touched by any CTA, past the system's KiB.
         covered_lines: PTX lines of the instructions executed by at least one warp.
         lines: PTX lines of all instructions of the kernel.
+        findings: what was found and did not end the run, one for each place (`launch`'s stop_at).
+        finished: did the kernel run to its end?
     """
 
     instructions: int = 0
@@ -47,6 +57,8 @@ class Report:
     shared_bytes: int = 0
     covered_lines: frozenset[int] = field(default=frozenset(), repr=False)
     lines: frozenset[int] = field(default=frozenset(), repr=False)
+    findings: list[EmulatorError] = field(default_factory=list)
+    finished: bool = True
 
     @property
     def bytes_read(self) -> int:
@@ -101,7 +113,13 @@ class Launch:
         args: Sequence[Any],
         seed: int,
         check_races: bool,
+        stop_at: str = "warning",
+        poison: int = POISON,
     ):
+        if stop_at not in ("warning", "error", "nothing"):
+            raise LaunchError(f"stop_at is {stop_at!r}; allowed are 'warning', 'error', 'nothing'")
+        self.stop_at, self.poison = stop_at, poison
+        self._by_place: dict[tuple, EmulatorError] = {}
         self.program, self.memory = program, memory
         self.grid, self.block, self.cluster = grid, block, cluster
         self.dynamic_smem, self.check_races = dynamic_smem, check_races
@@ -227,45 +245,79 @@ class Launch:
         )
         return self.report
 
+    def found(self, error: EmulatorError) -> bool:
+        """Keeps a finding that does not end the run; False for one that does."""
+        if self.stop_at == "warning" or not isinstance(error, CONTINUABLE):
+            return False
+        # Whether a value that nothing wrote is used is known at the end only.
+        judged_later = isinstance(error, UninitializedRead)
+        if self.stop_at == "error" and error.severity == "error" and not judged_later:
+            return False
+        other = error.other and error.other.rsplit(", ", 1)[-1]
+        first = self._by_place.setdefault((type(error), error.line, other), error)
+        if first is error:
+            self.report.findings.append(error)
+        else:
+            first.count += 1
+        return True
+
     # --- global memory between CTAs ---
 
     def block_of(self, linear: int) -> tuple[int, int, int]:
         gx, gy, _ = self.grid
         return linear % gx, linear // gx % gy, linear // gx // gy
 
-    def _cluster_of(self, linear: int) -> tuple[int, ...]:
-        return tuple(b // c for b, c in zip(self.block_of(linear), self.cluster, strict=True))
-
-    def check_readers(self, unit, region: Region, writers: np.ndarray):
-        """A read of bytes that a CTA of another cluster stored in this launch is a race."""
-        if unit.cta.synchronized:
+    def check_readers(
+        self, warp: Warp, row: int, region: Region, stamps: np.ndarray, strong: bool = False
+    ):
+        """A read of bytes that another cluster stored, and nothing orders after it, is a race."""
+        order, cluster = warp.cluster.order, warp.cluster
+        foreign = stamps[order.foreign(cluster, stamps)]
+        if not foreign.size:
             return
-        mine = unit.cta.linear + 1
-        foreign = np.unique(writers[(writers != 0) & (writers != mine)])
-        own = tuple(b // c for b, c in zip(unit.cta.block_index, self.cluster, strict=True))
-        for writer in foreign.tolist():
-            if self._cluster_of(writer - 1) != own:
-                unit.cluster.fault(
-                    Race,
-                    f"a read of {region} where another CTA of this launch stored",
-                    actor=f"{unit.name} of block {unit.cta.block_index}",
-                    other=f"block {self.block_of(writer - 1)}",
-                )
+        for stamp, why in order.unordered(cluster, row, foreign, strong):
+            cluster.fault(
+                Race,
+                f"a read of {region} where another CTA stored: {_WHY[why]}",
+                actor=f"{warp.name} of block {warp.cta.block_index}",
+                other=f"block {self.block_of(stamp.linear)}",
+                severity="warning" if why == "no acquire" else None,
+                section="Memory Consistency Model: Release and Acquire Patterns",
+            )
+            return
 
-    def double_write(self, unit, region: Region, columns, previous, other):
+    def check_overwrite(self, warp: Warp, row: int, region: Region, columns, previous, strong):
         """A store over bytes that another CTA stored in this launch."""
-        if unit.cta.synchronized or not self.check_races:
+        if not self.check_races:
             return
-        from .errors import DoubleWrite
+        order, cluster = warp.cluster.order, warp.cluster
+        for number in np.unique(previous).tolist():
+            stamp = order.stamps[number]
+            if stamp.cluster == cluster.id:
+                ordered = warp.cta.synchronized
+            elif stamp.strong:
+                ordered = strong or order.knows(
+                    cluster, row, stamp, "acquired", "released", "observed"
+                )
+            else:
+                ordered = order.knows(cluster, row, stamp, "acquired")
+            if not ordered:
+                offset = int(columns[previous == number][0])
+                cluster.fault(
+                    DoubleWrite,
+                    f"a store to {region} at byte {offset}, which another CTA stored in this launch",
+                    actor=f"{warp.name} of block {warp.cta.block_index}",
+                    other=f"block {self.block_of(stamp.linear)}",
+                    offset=region.base + offset,
+                )
+                return
 
-        offset = int(columns[other][0])
-        unit.cluster.fault(
-            DoubleWrite,
-            f"a store to {region} at byte {offset}, which another CTA stored in this launch",
-            actor=f"{unit.name} of block {unit.cta.block_index}",
-            other=f"block {self.block_of(int(previous[other][0]) - 1)}",
-            offset=region.base + offset,
-        )
+
+_WHY = {
+    "race": "nothing orders the read after the store",
+    "no release": "the reader has seen a later write of that CTA, which released nothing",
+    "no acquire": "the reader has seen a later write of that CTA, and acquired nothing",
+}
 
 
 def _triple(value, name: str) -> tuple[int, int, int]:
@@ -287,9 +339,14 @@ def launch(
     args: Sequence[Any],
     seed: int = 0,
     check_races: bool = True,
+    stop_at: str = "warning",
     memory: Memory | None = None,
 ) -> Report:
     """Executes a kernel. See the package's docstring.
+
+    stop_at: the first finding that is raised: any ("warning"), an "error", or "nothing", where the
+    report holds all of them. Then a read of what nothing has written is a warning if its value
+    reaches no result: if a second run, on other initial values, stores the same.
 
     Raises:
         EmulatorError: the launch is impossible, or the kernel has a fault.
@@ -298,19 +355,46 @@ def launch(
     program = _program(hashlib.sha256(text.encode()).digest(), text, entry)
     memory = _memory_of(args) if memory is None else memory
     memory.forget_stores()
-    running = Launch(
-        program,
-        memory,
-        _triple(grid, "grid"),
-        _triple(block, "block"),
-        _triple(cluster, "cluster"),
-        int(dynamic_smem),
-        args,
-        seed,
-        check_races,
-    )
+    shape = (_triple(grid, "grid"), _triple(block, "block"), _triple(cluster, "cluster"))
+    start = functools.partial(Launch, program, memory, *shape, int(dynamic_smem), args, seed)
+    running = start(check_races, stop_at)
+    before = memory.snapshot() if stop_at != "warning" else None
+    report = running.report
     with np.errstate(all="ignore"):
-        return running.run()
+        try:
+            running.run()
+        except EmulatorError as error:
+            if stop_at != "nothing" or isinstance(error, LaunchError):
+                raise
+            report.findings.append(error)
+            report.finished = False
+        unwritten = [f for f in report.findings if isinstance(f, UninitializedRead)]
+        if unwritten and report.finished and before is not None:
+            used = _depends_on_poison(start(False, poison=_OTHER_POISON), before)
+            for finding in unwritten:
+                finding.severity = "error" if used else "warning"
+            if used and stop_at == "error":
+                raise unwritten[0]
+    return report
+
+
+_OTHER_POISON = 0x3C
+
+
+def _depends_on_poison(again: Launch, before: list[np.ndarray]) -> bool:
+    """Does a second run, on other values where nothing was written, store something else?"""
+    memory = again.memory
+    results = memory.snapshot()
+    memory.restore(before)
+    try:
+        again.run()
+        return any(
+            not np.array_equal(a, b) for a, b in zip(results, memory.snapshot(), strict=False)
+        )
+    except EmulatorError:
+        return True
+    finally:
+        memory.restore(results)
 
 
 def _memory_of(args: Sequence[Any]) -> Memory:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .clocks import WARP, LaneClocks
 from .errors import EmulatorError, LaunchError
 from .program import Program
 from .shared import FIRST, MAX_BYTES, SharedMemory
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from .cpasync import CopyGroup
     from .launch import Launch
     from .mbarrier import MBarrier
+    from .order import Import
     from .unit import Unit
     from .wgmma import WarpgroupQueue
 
@@ -25,11 +27,11 @@ _MBARRIERS_PER_CTA = 128
 REGISTER_FILE = 65536  # 32-bit registers of an SM
 
 
-class Warp:
+class Warp(LaneClocks):
     """One warp: where it is, which of its lanes run, and what it waits for."""
 
     def __init__(self, cta: Cta, number: int, index: int):
-        self.cta, self.number, self.index = cta, number, index
+        self.cta, self.number = cta, number
         self.low, self.high = 32 * number, 32 * number + 32
         self.name = f"cta{cta.rank} warp{number}"
         # Control flow. `mask` None means all lanes; `stack` holds (node, mask, join) to resume.
@@ -67,63 +69,11 @@ class Warp:
         self.cluster_passed = 0
         self.registers = 0
         self.tensor_maps: dict[int, int] = {}  # address: version acquired by a fence
-        # Lanes of the warp among themselves: see `Cluster`, and `SharedMemory`.
-        self.single = cta.cluster.first_single + index
-        self.synced = 0
-        self.bulk_waited = 0  # groups that a wait_group of one lane has retired
-        self.epoch = cta.cluster.new_epoch()
+        self._start_clocks(cta.cluster, index)
 
     @property
     def cluster(self) -> Cluster:
         return self.cta.cluster
-
-    def tick(self):
-        """A new epoch: what the warp does next is not ordered by what it released."""
-        seen = self.cluster.seen[self.index]
-        seen[self.index] += 1
-        seen[self.single] = seen[self.index]
-
-    def sync_lanes(self):
-        """bar.warp.sync, or more: what lanes did before is ordered before what any lane does."""
-        self.epoch = self.cluster.new_epoch()
-        self.meet()
-
-    def meet(self):
-        """All lanes were here: a later release by one lane covers what they did."""
-        self.synced = int(self.seen[self.index])
-        self.acquire_bulk(self.bulk_waited)
-        self.tick()
-
-    def acquire_bulk(self, groups: int):
-        """The warp knows that its first bulk groups have read their sources."""
-        agent = self.cluster.first_bulk + self.index
-        if groups > self.seen[agent]:
-            self.seen[agent] = self.proxied[agent] = groups
-
-    def released(self, by_one_lane: bool) -> tuple[np.ndarray, np.ndarray]:
-        """The clocks that an arrival releases."""
-        if not by_one_lane:
-            return self.seen, self.proxied
-        seen, proxied = self.seen.copy(), self.proxied.copy()
-        agent = self.cluster.first_bulk + self.index
-        seen[agent] = proxied[agent] = max(int(seen[agent]), self.bulk_waited)
-        seen[self.index] = min(int(seen[self.index]), self.synced)
-        proxied[self.index] = min(int(proxied[self.index]), self.synced)
-        return seen, proxied
-
-    def join_clock(self, seen: np.ndarray, proxied: np.ndarray):
-        """Acquire: everything ordered before those clocks is ordered before me."""
-        cluster = self.cluster
-        np.maximum(cluster.seen[self.index], seen, out=cluster.seen[self.index])
-        np.maximum(cluster.proxied[self.index], proxied, out=cluster.proxied[self.index])
-
-    @property
-    def seen(self) -> np.ndarray:
-        return self.cluster.seen[self.index]
-
-    @property
-    def proxied(self) -> np.ndarray:
-        return self.cluster.proxied[self.index]
 
 
 class Warpgroup:
@@ -158,7 +108,9 @@ class Cta:
         self.registers = program.take_registers(self.threads)
         self.registers.reset(self)
         self.exited = False
-        self.synchronized = False  # has acquired from other CTAs: global races are not judged
+        # A fence at gpu scope was executed: stores over those of its cluster's other CTAs may be
+        # ordered.
+        self.synchronized = False
         warps = self.threads // 32
         self.warps = [Warp(self, i, rank * warps + i) for i in range(warps)]
         first = cluster.first_wgmma + rank * -(-warps // 4)
@@ -264,9 +216,8 @@ class Cluster:
     single lanes, counts its releases; of wgmma and bulk stores, their groups; of an mbarrier, its
     phases.
 
-    A release by one lane alone, such as an arrival at an mbarrier by an elected lane, covers what
-    single lanes did before it, but what several lanes did only up to the last bar.warp.sync (or
-    shfl, vote, match or redux.sync, at which all lanes meet).
+    A release by some lanes, such as an arrival at an mbarrier by an elected lane, covers what these
+    did before it, but what others of the warp did only up to where all lanes met last (clocks.py).
     """
 
     def __init__(self, launch: Launch, blocks: list[tuple[int, int, int]]):
@@ -276,6 +227,10 @@ class Cluster:
         self.policy, self.check_races = launch.policy, launch.check_races
         self.random: random.Random = launch.policy.random
         self.report = launch.report
+        # Between clusters (order.py).
+        self.order = launch.memory.order
+        self.id = self.order.new_cluster()
+        self.imports: list[Import] = []
         self.size = len(blocks)
         self.warps_per_cta = launch.threads // 32
         groups = -(-self.warps_per_cta // 4)
@@ -291,8 +246,10 @@ class Cluster:
         self.agents = self.barrier_object + 1
         self._mbarrier_count = 0
         self._mbarrier_names: dict[int, str] = {}
-        self.seen = np.zeros((warps, self.agents), np.int32)
-        self.proxied = np.zeros((warps, self.agents), np.int32)
+        # A row for each warp, and for each lane that knows more than its warp (clocks.py).
+        self.first_lane_row = warps
+        self.seen = np.zeros((warps * (1 + WARP), self.agents), np.int32)
+        self.proxied = np.zeros((warps * (1 + WARP), self.agents), np.int32)
         every = np.arange(warps)
         self.seen[every, every] = self.seen[every, self.first_single + every] = 1
         self._epochs = 0
@@ -317,6 +274,12 @@ class Cluster:
         self._mbarrier_count += 1
         self._mbarrier_names[agent] = name
         return agent
+
+    def warp_of_row(self, row: int) -> str:
+        """The warp whose clocks a row holds, for messages."""
+        if row >= self.first_lane_row:
+            row = (row - self.first_lane_row) // WARP
+        return self.agent(row)
 
     def agent(self, number: int) -> str:
         """An agent's name, for messages."""
@@ -348,18 +311,26 @@ class Cluster:
         other: str | None = None,
         offset: int | None = None,
         at: int | None = None,
+        severity: str | None = None,
+        section: str | None = None,
+        goes_on: bool = True,
     ):
-        """Raises an error at the instruction being executed (or at instruction `at`)."""
+        """A finding at the instruction being executed (or at instruction `at`).
+
+        It is raised, unless the launch only collects it (`Launch.found`) and the caller can go on.
+        """
         index = self.at if at is None else at
+        place: dict[str, Any] = {}
         if index < len(self.program.instructions):
             instruction = self.program.instructions[index]
-            raise kind(
-                message,
-                line=instruction.line,
-                instruction=instruction.text,
-                source=instruction.source,
-                actor=actor,
-                other=other,
-                offset=offset,
-            )
-        raise kind(message, actor=actor, other=other, offset=offset)
+            place = {
+                "line": instruction.line,
+                "instruction": instruction.text,
+                "source": instruction.source,
+            }
+        error = kind(
+            message, actor=actor, other=other, offset=offset, severity=severity, section=section,
+            **place,
+        )  # fmt: skip
+        if not goes_on or not self.launch.found(error):
+            raise error

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .clocks import SCOPES, lane_bits
 from .errors import (
     BarrierMisuse,
     ExitedCta,
@@ -47,6 +48,9 @@ class MBarrier:
         self.in_flight: list[object] = []
         self.clock = 0  # phases completed, in all lives
         self.remote_arrivals: dict[int, int] = {}  # warp of another CTA: its clock at the last
+        # Warps of which only some lanes have arrived: where their lanes had met last, the lanes that
+        # have arrived since, and the clock at the first of these arrivals.
+        self.partly: dict[int, tuple[int, int, int]] = {}
         self.valid = False
 
     def initialize(self, count: int, warp: Warp):
@@ -63,6 +67,9 @@ class MBarrier:
         self.released_proxied = np.zeros(agents, np.int32)
         self.acquired = self.released.copy()
         self.acquired_proxied = self.released.copy()
+        # What arrivals of other CTAs release at cluster scope, once there is one.
+        self.remote: tuple[np.ndarray, np.ndarray] | None = None
+        self.acquired_in_cta = (self.acquired, self.acquired_proxied)
 
     def __repr__(self):
         return (
@@ -70,10 +77,35 @@ class MBarrier:
             f"pending, {self.transactions} bytes pending)"
         )
 
-    def release(self, seen: np.ndarray, proxied: np.ndarray):
+    def release(self, seen: np.ndarray, proxied: np.ndarray, remote: bool = False):
         """What an arrival orders before the phase's completion."""
-        np.maximum(self.released, seen, out=self.released)
-        np.maximum(self.released_proxied, proxied, out=self.released_proxied)
+        into, into_proxied = self.released, self.released_proxied
+        if remote:
+            if self.remote is None:
+                self.remote = (np.zeros_like(into), np.zeros_like(into))
+            into, into_proxied = self.remote
+        np.maximum(into, seen, out=into)
+        np.maximum(into_proxied, proxied, out=into_proxied)
+
+    def release_lanes(self, warp: Warp, mask: np.ndarray | None):
+        """An arrival by some lanes of a warp, by its cumulative release."""
+        remote = self.cta is not warp.cta
+        self.release(*warp.released(mask), remote)
+        if warp.whole(mask):
+            return
+        # Once every lane that did something has arrived, all that came before the first is covered.
+        clock = int(warp.seen[warp.index])
+        met, bits, first = self.partly.get(warp.index, (warp.synced, 0, clock))
+        if met != warp.synced:
+            bits, first = 0, clock
+        bits |= lane_bits(mask)
+        self.partly[warp.index] = (warp.synced, bits, first)
+        if not (warp.acted | warp.acted_alone) & ~bits:
+            into, into_proxied = self.remote if remote else (self.released, self.released_proxied)
+            for agent in (warp.index, warp.single):
+                into[agent] = max(int(into[agent]), first)
+                if warp.proxied[agent] >= first:
+                    into_proxied[agent] = max(int(into_proxied[agent]), first)
 
     def check_end(self, seen: np.ndarray):
         """At the end of the CTA, no arrival from another CTA may be on its way."""
@@ -123,6 +155,10 @@ class MBarrier:
             )
         self.acquired = self.released.copy()
         self.acquired_proxied = self.released_proxied.copy()
+        self.acquired_in_cta = (self.acquired, self.acquired_proxied)
+        if self.remote is not None:
+            self.acquired = np.maximum(self.released, self.remote[0])
+            self.acquired_proxied = np.maximum(self.released_proxied, self.remote[1])
         self.cluster.progress += 1
         for warp in self.waiters:
             if warp.blocked is self:
@@ -130,25 +166,28 @@ class MBarrier:
         self.waiters.clear()
         return True
 
-    def check_visible(self, issue: Issue, asynchronous: bool = False):
+    def check_visible(self, issue: Issue, lane: int, asynchronous: bool = False):
         """Is the initialisation ordered before (and, for copies, visible to) this access?"""
         cluster, warp = self.cluster, issue.warp
         if not cluster.check_races:
             return
         who = self.initializer.single
+        row = warp.rows[lane]
         passed = warp.cluster_passed > self.initialized_round
-        if warp.seen[who] < self.initialized and not (self.published and passed):
+        if cluster.seen[row, who] < self.initialized and not (self.published and passed):
             issue.fault(
                 Race,
                 f"access to {self!r} is not ordered after its mbarrier.init",
                 other=self.initializer.name,
                 offset=self.offset,
             )
-        if asynchronous and not self.published and warp.proxied[who] < self.initialized:
+        if asynchronous and not self.published and cluster.proxied[row, who] < self.initialized:
             issue.fault(
                 MissingFence,
                 f"a copy signals {self!r}, whose mbarrier.init no fence.mbarrier_init or "
                 "fence.proxy.async made visible to the asynchronous proxy",
+                severity="warning",
+                section="mbarrier: mbarrier.init; membar / fence: fence.mbarrier_init",
                 other=self.initializer.name,
                 offset=self.offset,
             )
@@ -180,7 +219,8 @@ def _barrier_home(issue: Issue, rank: int, offset: int) -> Cta:
         issue.fault(OutOfBounds, f"mbarrier in cta{rank}, which the cluster does not have")
     cta = cluster.ctas[rank]
     if cta.exited:
-        issue.fault(ExitedCta, f"mbarrier of {cta.name}, which has ended", offset=offset)
+        message = f"mbarrier of {cta.name}, which has ended"
+        issue.fault(ExitedCta, message, offset=offset, goes_on=False)
     if offset % 8:
         issue.fault(Misaligned, f"mbarrier at {offset:#x} is not 8-byte aligned", offset=offset)
     cta.shared.span(offset, 8)
@@ -210,6 +250,10 @@ class MBarrierInstruction(Special):
         self.remote = "shared::cluster" in mods
         self.expects = "expect_tx" in mods
         self.relaxed = "relaxed" in mods
+        # The scope that the text names. Without one it is that of the CTA by the letter; kernels,
+        # and NVIDIA's own library, use that form across a cluster, so that it counts as the
+        # cluster's.
+        self.scope = next((m for m in mods if m in SCOPES), "cluster")
         self.is_wait = self.action in ("try_wait", "test_wait")
         self.argument = self.target = None
         if self.is_wait:
@@ -231,6 +275,7 @@ class MBarrierInstruction(Special):
         arguments = issue.value(self.argument) if self.argument else None
         state = np.zeros(32, np.uint64)
         completed: set[MBarrier] = set()  # by earlier lanes of this instruction
+        masks = self._lanes_of_each(issue, addresses)
         for lane in issue.lanes():
             rank, offset = shared_place(int(addresses[lane]))
             argument = int(arguments[lane]) if arguments is not None else None
@@ -238,7 +283,7 @@ class MBarrierInstruction(Special):
                 self._initialize(issue, lane, rank, offset, argument)
                 continue
             barrier = barrier_at(issue, rank, offset)
-            barrier.check_visible(issue)
+            barrier.check_visible(issue, lane)
             if not self.remote and barrier.cta is not issue.cta:
                 issue.fault(OutOfBounds, "shared::cta names an mbarrier of another CTA")
             if self.action == "inval":
@@ -266,14 +311,33 @@ class MBarrierInstruction(Special):
                     barrier.remote_arrivals[own] = int(issue.warp.seen[own])
                 if self.action == "arrive_drop":
                     barrier.expected -= count
-                if not self.relaxed:
-                    barrier.release(*issue.warp.released(issue.by_one_lane))
+                self._release(issue, barrier, masks.get(int(addresses[lane]), issue.mask))
             if barrier.complete_phase():
                 completed.add(barrier)
         if self.target is not None:
             issue.write(self.target, state)
         issue.warp.tick()
         return True
+
+    @staticmethod
+    def _lanes_of_each(issue: Issue, addresses: np.ndarray) -> dict[int, np.ndarray]:
+        """The executing lanes by the barrier that they name, where they name several."""
+        executing = addresses if issue.mask is None else addresses[issue.mask]
+        if (executing == executing[0]).all():
+            return {}
+        lanes = np.ones(32, bool) if issue.mask is None else issue.mask
+        return {int(a): lanes & (addresses == a) for a in np.unique(executing)}
+
+    def _release(self, issue: Issue, barrier: MBarrier, mask: np.ndarray | None):
+        """What an arrival releases: nothing for a barrier outside of its scope."""
+        warp = issue.warp
+        remote = barrier.cta is not issue.cta
+        if remote and SCOPES[self.scope] < SCOPES["cluster"]:
+            return
+        if not self.relaxed:
+            barrier.release_lanes(warp, mask)
+        elif (fenced := warp.fenced_for("cluster" if remote else "cta")) is not None:
+            barrier.release(*fenced, remote)
 
     def _initialize(self, issue: Issue, lane: int, rank: int, offset: int, count: int):
         cta = _barrier_home(issue, rank, offset)
@@ -309,7 +373,7 @@ class MBarrierInstruction(Special):
                 barrier = barrier_at(issue, *shared_place(key[0]))
                 if barrier.cta is not issue.cta:
                     issue.fault(OutOfBounds, "a wait on an mbarrier of another CTA")
-                barrier.check_visible(issue)
+                barrier.check_visible(issue, lane)
                 if self.by_parity:
                     done = (barrier.phase & 1) != (key[1] & 1)
                 else:
@@ -325,11 +389,25 @@ class MBarrierInstruction(Special):
                 return False
             warp.last_poll = (here[0], here[1] + 1)
         warp.poll_expired = False
-        if not unfinished and issue.mask is None:
-            warp.sync_lanes()  # a phase is over for all lanes
-        if not self.relaxed:
-            for barrier, done in polled.values():
-                if done:
-                    warp.join_clock(barrier.acquired, barrier.acquired_proxied)
+        for key, (barrier, done) in polled.items():
+            if not done:
+                continue
+            mask = issue.mask
+            if len(polled) > 1:
+                mask = (addresses == key[0]) & (arguments == key[1])
+                mask = mask if issue.mask is None else mask & issue.mask
+            self._acquire(warp, barrier, mask)
         issue.write(self.target, result)
         return True
+
+    def _acquire(self, warp: Warp, barrier: MBarrier, mask: np.ndarray | None):
+        """These lanes come after what the phase's arrivals released."""
+        clocks = (barrier.acquired, barrier.acquired_proxied)
+        if SCOPES[self.scope] < SCOPES["cluster"]:
+            clocks = barrier.acquired_in_cta
+        if self.relaxed:
+            warp.pending.append(clocks)
+            return
+        warp.acquire(mask, *clocks)
+        if warp.whole(mask) and clocks[0][warp.index] > warp.synced:
+            warp.sync_lanes()  # all lanes wait for what all of them have released

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from .errors import LaunchError, OutOfBounds, ReadOnlyWrite
+from .order import GlobalOrder
 
 _GUARD = 1 << 16  # bytes that belong to nobody after every buffer, unless asked for more
 _ALIGN = 256  # cudaMalloc's alignment
@@ -19,7 +20,7 @@ _FIRST_ADDRESS = 0x0000_0200_0000_0000
 class Region:
     """A buffer of global memory: `size` bytes from `base`, held in `bytes`.
 
-    writers: for each byte, 1 + the linear index of the CTA that stored it in this launch, 0 for
+    writers: for each byte, the stamp of the warp that stored it in this launch (order.py), 0 for
     none; allocated at the first store.
     """
 
@@ -63,6 +64,8 @@ class Memory:
         self._next = _FIRST_ADDRESS
         self._arrays: dict[tuple[int, int], Region] = {}
         self._keep: list[np.ndarray] = []
+        self._made: list[Region] = []
+        self.order = GlobalOrder()
 
     def map(self, address: int, nbytes: int, *, writable: bool = True, name: str = "") -> Region:
         """Registers `nbytes` of host memory at `address`, which stays owned by the caller.
@@ -93,6 +96,7 @@ class Memory:
         index = bisect.bisect_left(self._bases, address)
         if index == len(self._bases) or self._bases[index] != address:
             raise LaunchError(f"no buffer at {address:#x}")
+        self._made.remove(self._regions[index])
         del self._bases[index], self._regions[index]
 
     def array(self, array: np.ndarray, *, name: str = "") -> Region:
@@ -140,8 +144,18 @@ class Memory:
 
     def forget_stores(self):
         """Starts a launch: no byte has been stored yet."""
+        self.order = GlobalOrder()
         for region in self._regions:
             region.writers = None
+
+    def snapshot(self) -> list[np.ndarray]:
+        """The bytes of every buffer that can be stored to, in the order of their making."""
+        return [r.bytes.copy() for r in self._made if r.writable]
+
+    def restore(self, bytes_: list[np.ndarray]):
+        """Puts the bytes of an earlier snapshot back."""
+        for region, data in zip((r for r in self._made if r.writable), bytes_, strict=False):
+            region.bytes[:] = data
 
     def _overlapping(self, address: int, nbytes: int) -> Region | None:
         index = bisect.bisect_right(self._bases, address) - 1
@@ -156,4 +170,5 @@ class Memory:
         index = bisect.bisect_left(self._bases, region.base)
         self._bases.insert(index, region.base)
         self._regions.insert(index, region)
+        self._made.append(region)
         return region

@@ -22,6 +22,7 @@ import numpy as np
 
 from . import alu
 from .errors import EmulatorError, PtxSyntaxError, UnknownInstruction
+from .order import Semantics
 from .parser import Instruction, Kernel, Variable
 
 # Windows of generic addresses, above what any host pointer can reach (47 bits).
@@ -404,6 +405,7 @@ def _namespace(constants: list[np.ndarray]) -> dict[str, Any]:
         uint8 uint16 uint32 uint64 int8 int16 int32 int64 float32 float64"""
     scope: dict[str, Any] = {name: getattr(np, name) for name in names.split()}
     scope["alu"] = alu
+    scope["Semantics"] = Semantics
     scope["C"] = constants
     return scope
 

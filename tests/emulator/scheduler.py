@@ -379,14 +379,16 @@ class Scheduler:
                 "cp.async.bulk.wait_group.read 0 is missing",
                 actor=warp.name,
                 at=next(s.at for s in open_stores if s.data is None),
+                severity="warning",
+                section="Data Movement and Conversion Instructions: cp.async.bulk.wait_group",
             )
         warp.bulk_groups.append((warp.bulk_committed + 1, warp.bulk_open))
         warp.bulk_open = []
-        close_bulk_groups(warp, warp.bulk_committed + 1, read_only=False)
+        close_bulk_groups(warp, None, warp.bulk_committed + 1, read_only=False)
         if all(w.done for w in cta.warps):
             cta.exited = True
             if cluster.check_races:
-                seen = cluster.seen[[w.index for w in cta.warps]].max(axis=0)
+                seen = cluster.seen[[row for w in cta.warps for row in w.rows_of(None)]].max(axis=0)
                 cta.shared.check_end(seen)
                 for barrier in cta.mbarriers.values():
                     barrier.check_end(seen)

@@ -11,7 +11,8 @@ visible to the asynchronous proxy only after a proxy fence. Each warp therefore 
 clocks, `seen` (ordered before me) and `proxied` (ordered before me and visible to the asynchronous
 proxy); `fence.proxy.async` raises the second to the first.
 
-Lanes of one warp are ordered by their warp's synchronisations only (bar.warp.sync, or a barrier):
+Lanes of one warp are ordered by their warp's synchronisations only (bar.warp.sync, or a barrier;
+clocks.py):
 for each granule the shadow also holds the lanes of the last write and read, and their epochs. Two
 lanes that access it in one epoch, one of them writing, race.
 
@@ -43,8 +44,8 @@ _SEVERAL = 65  # the lane of reads by different lanes
 class Access(NamedTuple):
     """Who makes a generic access: numbers, or arrays of one number for each granule.
 
-    who: the warp. agent: as whom it is recorded, the warp or a single lane of it. lane, epoch: the
-    lane, and the warp's epoch (`Warp.epoch`).
+    who: the row of clocks that holds what they have seen (clocks.py). agent: as whom it is
+    recorded, the warp or a single lane of it. lane, epoch: the lane, and the warp's epoch.
     """
 
     who: Any
@@ -59,7 +60,7 @@ class SharedMemory:
     def __init__(self, cluster: Cluster, rank: int, end: int, granule: int):
         self.cluster, self.rank, self.end, self.granule = cluster, rank, end, granule
         size = -(-end // 1024) * 1024
-        self.bytes = np.full(size, POISON, np.uint8)
+        self.bytes = np.full(size, cluster.launch.poison, np.uint8)
         self.chunks = self.bytes.reshape(-1, 16)
         self.views = {n: self.bytes.view(f"u{n}") for n in (1, 2, 4, 8)}
         self.top = FIRST  # one past the highest byte touched
@@ -144,8 +145,7 @@ class SharedMemory:
             self._unordered(who, granules, ok, "write")
         limit = seen[who, : cluster.readers]
         if not (self.reads[granules] <= limit).all():
-            by_one_lane = isinstance(agent, int) and agent != who
-            self._still_read(who, granules, limit, by_one_lane)
+            self._still_read(who, granules, limit)
         clash = (self.write_epoch[granules] == epoch) & (self.write_lane[granules] != lane)
         if clash.any():
             self._lanes_race(who, granules, clash, "write", "a write")
@@ -158,7 +158,7 @@ class SharedMemory:
             cluster.fault(
                 Race,
                 "two warps write the same shared memory with nothing between them to order them",
-                actor=cluster.agent(int(who[bad])),
+                actor=cluster.warp_of_row(int(who[bad])),
                 other=f"{cluster.agent(int(self.writer[granules[bad]]))}, the same instruction",
                 offset=int(granules[bad]) * self.granule,
             )
@@ -188,7 +188,7 @@ class SharedMemory:
         if not atomic.all() and not (self.reads[granules] <= limit).all():
             self._still_read(who, granules, limit)
         self._record(access, granules, -1 - self.cluster.at)
-        self.reads[granules, who] = seen[who, who]
+        self.reads[granules, access.agent] = seen[who, access.agent]
 
     def check_lanes(self, warp: Warp, lane: int, granules: slice, what: str, *, write: bool):
         """An asynchronous operation that one lane issues, against the other lanes of its warp."""
@@ -221,11 +221,11 @@ class SharedMemory:
         column = self.reads[:, agent]
         column[granules] = np.maximum(column[granules], clock)
 
-    def async_write(self, warp: Warp, granules, agent: int, clock: int, what: str):
-        """A write by the copy engine that `warp` issues."""
+    def async_write(self, warp: Warp, lane: int, granules, agent: int, clock: int, what: str):
+        """A write by the copy engine that a lane of `warp` issues."""
         if not self.checked:
             return
-        who, cluster = warp.index, self.cluster
+        who, cluster = warp.rows[lane], self.cluster
         writer, written = self.writer[granules], self.written[granules]
         fresh = writer == cluster.uninitialized
         ok = (cluster.proxied[who, writer] >= written) | fresh
@@ -234,13 +234,13 @@ class SharedMemory:
             if not ordered.all():
                 self._unordered(who, granules, ordered, what)
             self._no_fence(warp.name, granules, ok, f"{what} overwrites")
-        self._record_async(who, granules, agent, clock, by_one_lane=True)
+        self._record_async(who, granules, agent, clock)
 
     def generic_async_write(self, warp: Warp, lanes, granules, agent: int, clock: int):
         """A write by non-bulk cp.async: asynchronous, but through the generic proxy."""
         if not self.checked:
             return
-        who, cluster = warp.index, self.cluster
+        who, cluster = warp.rows[lanes], self.cluster
         writer = self.writer[granules]
         ok = cluster.seen[who, writer] >= self.written[granules]
         ok |= writer == cluster.uninitialized
@@ -253,14 +253,14 @@ class SharedMemory:
             clash = (epochs[granules] == warp.epoch) & (owners[granules] != lanes)
             if clash.any():
                 self._lanes_race(who, granules, clash, "cp.async", what)
-        self._record_async(who, granules, agent, clock, by_one_lane=False)
+        self._record_async(who, granules, agent, clock)
         self.write_lane[granules] = lanes
         self.write_epoch[granules] = warp.epoch
 
-    def _record_async(self, who: int, granules, agent: int, clock: int, by_one_lane: bool):
+    def _record_async(self, who, granules, agent: int, clock: int):
         limit = self.cluster.seen[who, : self.cluster.readers]
         if not (self.reads[granules] <= limit).all():
-            self._still_read(who, granules, limit, by_one_lane)
+            self._still_read(who, granules, limit)
         self.writer[granules] = agent
         self.written[granules] = clock
         self.site[granules] = self.cluster.at
@@ -335,10 +335,18 @@ class SharedMemory:
     def _actor(self, who, position: int) -> str:
         if isinstance(who, str):
             return who
-        return self.cluster.agent(int(who[position] if isinstance(who, np.ndarray) else who))
+        return self.cluster.warp_of_row(int(who[position] if isinstance(who, np.ndarray) else who))
 
     def _unordered(self, who, granules, ok, what: str):
         cluster = self.cluster
+        # What nothing has written, and the rest, are different findings.
+        index = (
+            np.arange(granules.start, granules.stop) if isinstance(granules, slice) else granules
+        )
+        fresh = ~ok & (self.writer[index.reshape(-1)] == cluster.uninitialized).reshape(ok.shape)
+        if fresh.any() and (fresh != ~ok).any():
+            self._unordered(who, granules, ~fresh, what)
+            ok = ok | fresh
         position, granule = self._first(granules, ~ok)
         actor = self._actor(who, position)
         writer = int(self.writer[granule])
@@ -352,6 +360,7 @@ class SharedMemory:
                 actor=actor,
                 offset=offset,
             )
+            return
         if writer == cluster.barrier_object:
             cluster.fault(
                 BarrierMisuse,
@@ -382,14 +391,7 @@ class SharedMemory:
             offset=granule * self.granule,
         )
 
-    def _still_read(self, who, granules, limit, by_one_lane: bool = False):
-        if by_one_lane:
-            # The lane itself may have waited for its bulk stores.
-            agent = self.cluster.first_bulk + who
-            limit = limit.copy()
-            limit[agent] = max(int(limit[agent]), self.cluster.warps[who].bulk_waited)
-            if (self.reads[granules] <= limit).all():
-                return
+    def _still_read(self, who, granules, limit):
         bad = self.reads[granules] > limit
         position, granule = self._first(granules, bad.any(axis=1))
         reader = int(np.flatnonzero(bad[position])[0])

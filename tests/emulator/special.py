@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from . import tensormap
+from .clocks import SCOPES
 from .errors import Divergence, Misaligned, RegisterBudget, Trap, UnknownInstruction
 from .parser import Instruction
 from .program import OFFSET_MASK, PARAM_WINDOW, WINDOW_SHIFT
@@ -50,14 +51,16 @@ class Issue:
     def lanes(self):
         return range(32) if self.mask is None else np.flatnonzero(self.mask).tolist()
 
-    @property
-    def by_one_lane(self) -> bool:
-        return self.mask is not None and self.mask.sum() == 1 and self.warp.alive.sum() > 1
-
     def access(self, lane: int) -> Access:
         """An access to shared memory by one lane."""
-        agent = self.warp.single if self.by_one_lane else self.warp.index
-        return Access(self.warp.index, agent, lane, self.warp.epoch)
+        warp = self.warp
+        if self.mask is not None and self.mask.sum() == 1 and warp.alive.sum() > 1:
+            agent = warp.single
+            warp.acted_alone |= 1 << lane
+        else:
+            agent = warp.index
+            warp.acted |= 1 << lane
+        return Access(warp.rows[lane], agent, lane, warp.epoch)
 
     def write(self, slot: int, values: np.ndarray):
         where = True if self.mask is None else self.mask
@@ -67,6 +70,11 @@ class Issue:
         """Checks that an `.aligned` instruction is executed by every live lane."""
         if self.mask is not None and (self.warp.alive & ~self.mask).any():
             self.fault(Divergence, "an .aligned instruction executed by a diverged warp")
+
+    def meet(self):
+        """A `.sync.aligned` instruction: every live lane executes it together."""
+        self.whole_warp()
+        self.warp.meet()
 
     def fault(self, kind, message: str, **details):
         self.cluster.fault(kind, message, actor=self.warp.name, **details)
@@ -180,12 +188,12 @@ class Fence(Special):
                 "sc", "acq_rel", "acquire", "release", "cta", "cluster", "gpu", "sys", "gl"
             )
             self.kind = "memory"
+            self.scope = next(m for m in instruction.mods if m in SCOPES)
 
     def execute(self, issue: Issue) -> bool:
         warp, cluster = issue.warp, issue.cluster
         if self.kind == "proxy":
-            np.maximum(warp.proxied, warp.seen, out=warp.proxied)
-            warp.tick()
+            warp.proxy_fence(issue.mask)
         elif self.kind == "mbarrier_init":
             for barrier in issue.cta.mbarriers.values():
                 if barrier.initializer is warp:
@@ -199,8 +207,10 @@ class Fence(Special):
                 version = cluster.map_versions.get(place)
                 if version and version[1]:
                     warp.tensor_maps[place] = version[0]
-        elif self.kind == "memory" and {"gpu", "sys", "gl"} & set(self.instruction.mods):
-            issue.cta.synchronized = True
+        elif self.kind == "memory":
+            warp.fence(issue.mask, self.scope)
+            if SCOPES[self.scope] >= SCOPES["gpu"]:
+                issue.cta.synchronized = True
         return True
 
 
@@ -219,7 +229,7 @@ class SetMaxRegisters(Special):
             raise RegisterBudget(f"{self.count} registers: not a multiple of 8 in 24..256")
 
     def execute(self, issue: Issue) -> bool:
-        issue.whole_warp()
+        issue.meet()
         warp, cta = issue.warp, issue.cta
         change = 32 * (warp.registers - self.count)
         if self.direction == "inc":

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from .clocks import EVERY_LANE
 from .errors import Divergence, ExitedCta, Misaligned, OutOfBounds, Unsupported
 from .machine import Cta, Warp
 from .memory import Region
+from .order import Semantics
 from .program import DTYPES, OFFSET_MASK, PARAM_WINDOW, RANK_SHIFT, UNSIGNED, WINDOW_SHIFT
 from .shared import ALL_LANES, Access
 
@@ -103,7 +105,7 @@ class Unit:
 
     def elect(self, leader, chosen, members, mask):
         """elect.sync: the emulator elects the lowest executing lane."""
-        active = self._agree(members, mask, "elect.sync")
+        active = self._meet(members, mask, "elect.sync")
         first = active.argmax(axis=1)
         out = np.zeros_like(active)
         out[np.arange(len(first)), first] = True
@@ -244,7 +246,7 @@ class Unit:
     def _alive(self, cta: Cta):
         if cta.exited:
             message = f"access to the shared memory of {cta.name}, which has ended"
-            self.cluster.fault(ExitedCta, message, actor=self.name)
+            self.cluster.fault(ExitedCta, message, actor=self.name, goes_on=False)
 
     def _access(self, lanes, here, repeat: int) -> Access:
         """Who accesses shared memory: `repeat` granules for each of some lanes."""
@@ -252,25 +254,53 @@ class Unit:
         if here is not None:
             lane = lane[here]
         if len(self.warps) == 1:
-            warp = self.warps[0]
-            alone = len(lane) == 1 and warp.alive.sum() > 1
-            agent = warp.single if alone else warp.index
-            lane = np.repeat(lane, repeat) if repeat > 1 else lane
-            return Access(warp.index, agent, lane, warp.epoch)
-        who = self.who[lane]
-        agents = who
-        if lanes is not None or here is not None:
-            alone = np.bincount(lane // 32, minlength=len(self.warps))[lane // 32] == 1
-            agents = np.where(alone, who + self.cluster.first_single, who)
+            return self._access_of_warp(self.warps[0], lane, repeat)
+        who = agents = self.who[lane]
+        if len(lane) < self.size:
+            words = np.zeros(self.size, bool)
+            words[lane] = True
+            bits = np.packbits(words, bitorder="little").view(u32)
+            alone = (bits & (bits - u32(1))) == 0
+            agents = np.where(alone[lane // 32], who + self.cluster.first_single, who)
+            for warp, some, single in zip(self.warps, bits.tolist(), alone.tolist(), strict=True):
+                if single:
+                    warp.acted_alone |= some
+                else:
+                    warp.acted |= some
+        else:
+            for warp in self.warps:
+                warp.acted = EVERY_LANE
+        if any(w.split for w in self.warps):
+            who = np.concatenate([w.rows for w in self.warps])[lane]
         epoch = np.array([w.epoch for w in self.warps])[lane // 32]
         found = (who, agents, lane % 32, epoch)
         if repeat > 1:
             found = tuple(np.repeat(x, repeat) for x in found)
         return Access(*found)
 
+    def _access_of_warp(self, warp: Warp, lane, repeat: int) -> Access:
+        agent = warp.index
+        if len(lane) == 32:
+            warp.acted = EVERY_LANE
+        elif len(lane) == 1 and warp.alive.sum() > 1:
+            agent = warp.single
+            warp.acted_alone |= 1 << int(lane[0])
+        else:
+            warp.acted |= int(np.bitwise_or.reduce(np.left_shift(1, lane)))
+        who = warp.rows[lane] if warp.split else warp.index
+        if repeat > 1:
+            lane = np.repeat(lane, repeat)
+            who = np.repeat(who, repeat) if warp.split else who
+        return Access(who, agent, lane, warp.epoch)
+
+    def _access_together(self, warp: Warp) -> Access:
+        """A collective access by all lanes of a warp, at which they meet."""
+        warp.meet()
+        return Access(warp.index, warp.index, ALL_LANES, warp.epoch)
+
     # --- loads and stores ---
 
-    def load(self, space, address, offset, itemsize, vector, targets, signed, acquire, mask):
+    def load(self, space, address, offset, itemsize, vector, targets, signed, strong, mask):
         """ld: each lane loads `vector` elements of `itemsize` bytes into `targets`."""
         if mask is not None and not mask.any():
             return
@@ -279,7 +309,7 @@ class Unit:
         self._aligned(addresses, nbytes, "load")
         data = None
         for name, some, kept, here in self._spaces(space, lanes, addresses):
-            part = self._gather(name, some, kept, itemsize, vector, acquire)
+            part = self._gather(name, some, kept, itemsize, vector, strong)
             if here is None:
                 data = part
             else:
@@ -287,6 +317,8 @@ class Unit:
                     data = np.empty((len(addresses), vector), UNSIGNED[itemsize])
                 data[here] = part
         assert data is not None
+        if strong is not None:
+            self._synchronize("read", lanes, addresses, strong)
         if signed:
             data = data.view(f"i{itemsize}")
         for j, target in enumerate(targets):
@@ -297,7 +329,7 @@ class Unit:
             else:
                 target[lanes] = data[:, j].astype(target.dtype)
 
-    def _gather(self, space, lanes, addresses, itemsize, vector, acquire) -> np.ndarray:
+    def _gather(self, space, lanes, addresses, itemsize, vector, strong) -> np.ndarray:
         nbytes = itemsize * vector
         if space.startswith("shared"):
             out = None
@@ -330,12 +362,10 @@ class Unit:
             if (offsets < 0).any() or (offsets + nbytes > block.size).any():
                 self.cluster.fault(OutOfBounds, "load outside of the kernel's parameters")
             return block[offsets[:, None] + np.arange(nbytes)].view(UNSIGNED[itemsize])
-        if acquire:
-            self.cta.synchronized = True
         self.cluster.report.generic_bytes_loaded += len(addresses) * nbytes
         out = None
         for region, offsets, here in self._regions(addresses, nbytes, False):
-            self._check_global_read(region, offsets, nbytes)
+            self._check_global_read(region, offsets, nbytes, _at(lanes, here), strong)
             elements = None if region.base % itemsize else region.elements(itemsize)
             if elements is not None:
                 part = _take(elements, offsets // itemsize, vector)
@@ -349,7 +379,7 @@ class Unit:
             out[here] = part
         return out
 
-    def store(self, space, address, offset, itemsize, vector, sources, mask):
+    def store(self, space, address, offset, itemsize, vector, sources, strong, mask):
         """st: each lane stores `vector` elements of `itemsize` bytes."""
         if mask is not None and not mask.any():
             return
@@ -361,9 +391,12 @@ class Unit:
             full = self._wide(source)
             data[:, j] = (full if lanes is None else full[lanes]).astype(UNSIGNED[itemsize])
         for name, some, kept, here in self._spaces(space, lanes, addresses):
-            self._scatter(name, some, kept, itemsize, data if here is None else data[here])
+            part = data if here is None else data[here]
+            self._scatter(name, some, kept, itemsize, part, strong)
+        if strong is not None:
+            self._synchronize("write", lanes, addresses, strong)
 
-    def _scatter(self, space, lanes, addresses, itemsize, data):
+    def _scatter(self, space, lanes, addresses, itemsize, data, strong):
         vector = data.shape[1]
         nbytes = itemsize * vector
         if space.startswith("shared"):
@@ -399,7 +432,7 @@ class Unit:
         raw = np.ascontiguousarray(data).view(np.uint8).reshape(len(addresses), nbytes)
         for region, offsets, here in self._regions(addresses, nbytes, True):
             columns = offsets[:, None] + np.arange(nbytes)
-            self._log_global_store(region, columns)
+            self._log_global_store(region, columns, _at(lanes, here), strong)
             region.bytes[columns] = raw if here is None else raw[here]
 
     def _local_bounds(self, offsets, nbytes):
@@ -426,23 +459,74 @@ class Unit:
             yield region, (addresses[here] - u64(region.base)).astype(np.int64), here
             remaining[here] = False
 
-    def _check_global_read(self, region: Region, offsets, nbytes: int):
+    def _check_global_read(self, region: Region, offsets, nbytes: int, lanes, strong):
         """Bytes that another cluster stored in this launch may not be there yet."""
-        if region.writers is None or self.cta.synchronized or not self.cluster.check_races:
+        if region.writers is None or not self.cluster.check_races:
             return
-        writers = region.writers[offsets[:, None] + np.arange(nbytes)]
-        self.cluster.launch.check_readers(self, region, writers)
+        stamps = region.writers[offsets[:, None] + np.arange(nbytes)]
+        foreign = self.cluster.order.foreign(self.cluster, stamps).any(axis=1)
+        if foreign.any():
+            for warp, row, here in self._by_row(lanes, foreign):
+                check = self.cluster.launch.check_readers
+                check(warp, row, region, stamps[here], strong is not None)
 
-    def _log_global_store(self, region: Region, columns):
-        log = region.log()
+    def _log_global_store(self, region: Region, columns, lanes, strong):
+        """Marks bytes [lanes, bytes of each] as stored by their warps."""
+        log, order = region.log(), self.cluster.order
         previous = log[columns]
-        mine = self.cta.linear + 1
-        other = (previous != 0) & (previous != mine)
-        if other.any():
-            self.cluster.launch.double_write(self, region, columns, previous, other)
-        log[columns] = mine
+        if previous.any():
+            other = order.of_others(self.cluster, self.cta.rank, previous)
+            for warp, row, here in self._by_row(lanes, other.any(axis=1)):
+                bad = other[here]
+                self.cluster.launch.check_overwrite(
+                    warp, row, region, columns[here][bad], previous[here][bad], strong is not None
+                )
+        stamps = np.array([order.stamp(warp, strong is not None) for warp in self.warps], u32)
+        if lanes is None:
+            log[columns] = np.repeat(stamps, 32)[:, None]
+            for warp in self.warps:
+                warp.acted_global = EVERY_LANE
+        else:
+            log[columns] = stamps[lanes // 32, None]
+            for i, warp in enumerate(self.warps):
+                own = lanes[lanes // 32 == i] % 32
+                if own.size:
+                    warp.acted_global |= int(np.bitwise_or.reduce(np.left_shift(1, own)))
 
-    def atomic(self, space, operation, kind, vector, targets, address, offset, values, mask):
+    def _by_row(self, lanes, chosen: np.ndarray):
+        """Splits accesses by row of clocks: (warp, row, their positions)."""
+        positions = np.flatnonzero(chosen)
+        lane = positions if lanes is None else lanes[positions]
+        for i in np.unique(lane // 32).tolist():
+            warp = self.warps[i]
+            rows = warp.rows[lane % 32]
+            for row in np.unique(rows[lane // 32 == i]).tolist():
+                yield warp, row, positions[(lane // 32 == i) & (rows == row)]
+
+    def _synchronize(self, what: str, lanes, addresses, how: Semantics, *, adds: bool = False):
+        """What strong accesses order (order.py), by warp and address."""
+        order = self.cluster.order
+        lane = np.arange(self.size) if lanes is None else lanes
+        for i, warp in enumerate(self.warps):
+            own = lane // 32 == i
+            for address in np.unique(addresses[own]).tolist():
+                mask = np.zeros(32, bool)
+                mask[lane[own & (addresses == address)] % 32] = True
+                place = self._place(int(address))
+                if what == "read":
+                    order.read(warp, mask, place, how)
+                else:
+                    order.write(warp, mask, place, how, adds=adds)
+                    warp.tick()
+
+    def _place(self, address: int) -> tuple[int, int]:
+        """Where strong accesses meet: global memory, or shared memory of a cluster's CTA."""
+        low = address & int(_LOW_MASK)
+        return (0, address & ~3) if low >> 32 else (self.cluster.id, low & ~3)
+
+    def atomic(
+        self, space, operation, kind, vector, targets, address, offset, values, strong, mask
+    ):
         """atom and red (PTX ISA 9.7.13.6, 9.7.13.7): lane by lane, element by element."""
         lanes, addresses = self._addresses(address, offset, mask)
         if not len(addresses):
@@ -458,25 +542,31 @@ class Unit:
             for lane, place in zip(some.tolist(), kept, strict=True):
                 for j in range(vector):
                     where = np.array([place + u64(j * itemsize)])
-                    cell = self._cell(name, lane, where, itemsize).view(DTYPES[kind])
+                    cell = self._cell(name, lane, where, itemsize, strong).view(DTYPES[kind])
                     given = operands[j : j + 1] if vector > 1 else operands
                     old = cell[0]
                     cell[0] = combine(old, *(v[lane] for v in given))
                     if targets:
                         targets[j][lane] = old
-        if targets and space != "shared::cta":
-            self.cta.synchronized = True
+                if name == "global" or strong.order != "relaxed" or self.warps[lane // 32].fenced:
+                    one, at = np.array([lane]), np.array([place])
+                    if targets:
+                        self._synchronize("read", one, at, strong)
+                    self._synchronize("write", one, at, strong, adds=True)
 
-    def _cell(self, space, lane, place, itemsize):
+    def _cell(self, space, lane, place, itemsize, strong):
         if space == "global":
             for region, offsets, _ in self._regions(place, itemsize, True):
-                self._check_global_read(region, offsets, itemsize)
+                one = np.array([lane])
+                self._check_global_read(region, offsets, itemsize, one, strong)
+                self._log_global_store(region, offsets[:, None] + np.arange(itemsize), one, strong)
                 start = int(offsets[0])
                 return region.bytes[start : start + itemsize]
         for cta, offsets, _ in self._owners(space, place):
             cta.shared.bounds(offsets, itemsize)
             warp = self.warps[lane // 32]
-            access = Access(warp.index, warp.index, ALL_LANES, warp.epoch)
+            warp.acted |= 1 << lane % 32
+            access = Access(warp.rows[lane % 32], warp.index, ALL_LANES, warp.epoch)
             cta.shared.atomic(access, cta.shared.granules(offsets, itemsize))
             start = int(offsets[0])
             return cta.shared.bytes[start : start + itemsize]
@@ -517,9 +607,7 @@ class Unit:
             )
             if transposed:
                 tiles = tiles.transpose(0, 2, 1)
-            shared.write(
-                Access(warp.index, warp.index, ALL_LANES, warp.epoch), shared.granules(offsets, 16)
-            )
+            shared.write(self._access_together(warp), shared.granules(offsets, 16))
             rows = np.ascontiguousarray(tiles).view(np.uint8).reshape(-1, 16)
             shared.chunks[offsets // 16] = rows
 
@@ -531,15 +619,20 @@ class Unit:
         shared = self.cta.shared
         for i, warp in enumerate(self.warps):
             offsets = self._matrix_rows(i, address, offset, len(targets))
-            shared.read(
-                Access(warp.index, warp.index, ALL_LANES, warp.epoch), shared.granules(offsets, 16)
-            )
+            shared.read(self._access_together(warp), shared.granules(offsets, 16))
             tiles = shared.chunks[offsets // 16].view(np.uint16).reshape(len(targets), 8, 8)
             if transposed:
                 tiles = tiles.transpose(0, 2, 1)
             for tile, target in zip(tiles, targets, strict=True):
                 packed = np.ascontiguousarray(tile).view(u32).reshape(32)
                 target[32 * i : 32 * i + 32] = packed
+
+
+def _at(lanes, here):
+    """Some of some lanes."""
+    if here is None:
+        return lanes
+    return here if lanes is None else lanes[here]
 
 
 def _pack(rows: np.ndarray) -> np.ndarray:

@@ -155,7 +155,7 @@ class WgmmaFence(Special):
         operands.allow("fence", "sync", "aligned")
 
     def execute(self, issue: Issue) -> bool:
-        issue.whole_warp()
+        issue.meet()
         issue.warp.touched = 0
         return True
 
@@ -168,7 +168,7 @@ class WgmmaCommit(Special):
         operands.allow("commit_group", "sync", "aligned")
 
     def execute(self, issue: Issue) -> bool:
-        issue.whole_warp()
+        issue.meet()
         issue.warp.wgmma_groups += 1
         return True
 
@@ -182,7 +182,7 @@ class WgmmaWait(Special):
         self.allowed = int(operands.text(0))
 
     def execute(self, issue: Issue) -> bool:
-        issue.whole_warp()
+        issue.meet()
         warp = issue.warp
         warpgroup = issue.cta.group_of(warp)
         closed = warp.wgmma_groups - self.allowed
@@ -268,7 +268,7 @@ class MultiplyInstruction(Special):
                 self.a_transposed = bool(transposes[0])
 
     def execute(self, issue: Issue) -> bool:
-        issue.whole_warp()
+        issue.meet()
         warp, cluster = issue.warp, issue.cluster
         warpgroup = issue.cta.group_of(warp)
         if len(warpgroup.warps) != 4:

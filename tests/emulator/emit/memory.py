@@ -26,6 +26,21 @@ def _vector(o: Operands) -> int:
     return next((int(m[1]) for m in o.instruction.mods if m in ("v2", "v4")), 1)
 
 
+def _semantics(o: Operands, default: str = "weak") -> str:
+    """Order and scope of an access, or None where it is weak (PTX ISA, "Operation types")."""
+    mods = o.instruction.mods
+    order = next((m for m in mods if m in _STRONG), default)
+    if order == "weak":
+        return "None"
+    scope = next((m for m in mods if m in ("cta", "cluster", "gpu", "sys")), "gpu")
+    if order == "volatile":
+        order, scope = "relaxed", "sys"
+    return f'Semantics("{order}", "{scope}")'
+
+
+_STRONG = ("relaxed", "acquire", "release", "acq_rel", "volatile")
+
+
 def _note_width(o: Operands, space: str, bytes_: int):
     if space.startswith("shared") or space == "generic":
         o.program.granule = min(o.program.granule, bytes_)
@@ -42,10 +57,9 @@ def _ld(o: Operands) -> list[str]:
         raise PtxSyntaxError("the vector has not the length of the opcode")
     _note_width(o, space, BYTES[kind] * vector)
     views = ", ".join(o.dst_wide(t, kind[0] == "s") if t != "_" else "None" for t in targets)
-    acquire = bool({"acquire", "volatile", "relaxed"} & set(o.instruction.mods))
     return [
         f'X.load("{space}", {address}, {offset}, {BYTES[kind]}, {vector}, ({views},), '
-        f"{kind[0] == 's'}, {acquire}, $M)"
+        f"{kind[0] == 's'}, {_semantics(o)}, $M)"
     ]
 
 
@@ -71,7 +85,7 @@ def _st(o: Operands) -> list[str]:
             values.append(f"{o.src(source, kind)}.view({_unsigned_name(kind)})")
     return [
         f'X.store("{space}", {address}, {offset}, {BYTES[kind]}, {vector}, '
-        f"({', '.join(values)},), $M)"
+        f"({', '.join(values)},), {_semantics(o)}, $M)"
     ]
 
 
@@ -103,7 +117,8 @@ def _atom(o: Operands) -> list[str]:
     _note_width(o, space, 4)
     return [
         f'X.atomic("{space}", "{operation}", "{kind}", {vector}, '
-        f"({''.join(f'{d}, ' for d in olds)}), {address}, {offset}, ({values}), $M)"
+        f"({''.join(f'{d}, ' for d in olds)}), {address}, {offset}, ({values}), "
+        f"{_semantics(o, 'relaxed')}, $M)"
     ]
 
 

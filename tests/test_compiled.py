@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 pytest.importorskip("jax_plugins.xla_cuda13", reason="pip install -e '.[compiled]'")
 
 import jaxfp8
 from jaxfp8 import _ffi, checkpoint_policies
-from tests import compiled, compiled_programs
+from tests import compiled, compiled_programs, fsdp_table
 
 pytestmark = pytest.mark.compiled
 
@@ -198,33 +197,20 @@ def test_sums_of_a_chunk_come_back_beside_the_products_of_others():
 # Many GPUs: what moves, and how wide
 # ------------------------------------------------------------------------------------------------
 
-MESHES = {"8": (8, 1), "64": (64, 8)}  # devices, hosts
-STEPS = {  # and bytes a parameter: by hand without remat a weight is gathered once, and kept
-    "automatic": (compiled_programs.fsdp, AxisType.Auto, 4),
-    "explicit": (compiled_programs.fsdp, AxisType.Explicit, 4),
-    "shard_map": (compiled_programs.fsdp_shard_map, AxisType.Auto, 3),
-}
-
-
-def bytes_a_parameter(program, size=compiled_programs.LLAMA):
-    """What a device receives in a step for each element of the layers' weights, were it all of them."""
-    moved = sum(c.times * c.moved for c in program.collectives())
-    devices = max(c.devices for c in program.collectives())
-    return moved / (size.layers * compiled_programs.parameters_of(size)) * devices / (devices - 1)
+A_PARAMETER = {"automatic": 4, "explicit": 4, "shard_map": 3}
+"""Bytes: by hand without remat a weight is gathered once, and kept."""
 
 
 @functools.cache
 def fsdp_program(products, form, devices):
-    build, axis_type, _ = STEPS[form]
-    mesh = compiled.mesh({"data": MESHES[devices][0]}, MESHES[devices][1], (axis_type,))
-    with jaxfp8.Recipe(wgrad_dtype=jnp.bfloat16):
-        function, args = build(products, mesh)
+    with fsdp_table.recipe():
+        function, args = fsdp_table.fsdp_step(products, form, devices)
         expected = compiled.expected_calls(function.trace(*args).jaxpr)
         return compiled.compile_for(function, *args), expected
 
 
-@pytest.mark.parametrize("devices", MESHES)
-@pytest.mark.parametrize("form", STEPS)
+@pytest.mark.parametrize("devices", fsdp_table.MESHES)
+@pytest.mark.parametrize("form", fsdp_table.FORMS)
 @pytest.mark.parametrize("products", ["linear", "mlp"])
 def test_fsdp_gathers_weights_in_fp8_and_sums_gradients_in_bfloat16(products, form, devices):
     """Two gathers of a byte and a sum of two: 4 bytes a parameter, where BF16 moves 6. Each call runs once."""
@@ -235,7 +221,7 @@ def test_fsdp_gathers_weights_in_fp8_and_sums_gradients_in_bfloat16(products, fo
             wide = c.kind == "all-gather" and a.dtype not in ("f8e4m3fn", "u8", "s8")
             assert small or not wide, (c.kind, str(a))
             assert small or c.kind != "reduce-scatter" or a.dtype == "bf16", str(a)
-    assert bytes_a_parameter(program) == pytest.approx(STEPS[form][2], abs=0.05)
+    assert fsdp_table.bytes_a_parameter(program) == pytest.approx(A_PARAMETER[form], abs=0.05)
     if devices == "64":  # half blocks: quantized by XLA's operations
         expected.pop(_ffi.target("quantize_weight"), None)
     assert program.calls() == expected
@@ -243,4 +229,4 @@ def test_fsdp_gathers_weights_in_fp8_and_sums_gradients_in_bfloat16(products, fo
 
 def test_bf16_moves_six_bytes_a_parameter():
     program, _ = fsdp_program("bf16", "automatic", "64")
-    assert bytes_a_parameter(program) == pytest.approx(6, abs=0.05)
+    assert fsdp_table.bytes_a_parameter(program) == pytest.approx(6, abs=0.05)

@@ -116,11 +116,17 @@ def encode(x, scale, dtype):
     return lax.bitcast_convert_type(data, dtype)
 
 
+def _spread(scale, width: int, size: int):
+    """Each scale `width` times, `size` in all; by a reshape, in which an axis that is cut by its type stays cut."""
+    spread = jnp.broadcast_to(scale[..., None], (*scale.shape, width))
+    return spread.reshape(*scale.shape[:-1], scale.shape[-1] * width)[..., :size]
+
+
 def dequantize_blocks(data, scale, block):
     """float32 `data * scale`, exact to one rounding."""
     *_, m, k = data.shape
     rows, columns = block
-    scale = jnp.repeat(scale, columns, -1)[..., :k]
+    scale = _spread(scale, columns, k)
     if rows != 1:
-        scale = jnp.repeat(scale, rows, -2)[..., :m, :]
+        scale = jnp.swapaxes(_spread(jnp.swapaxes(scale, -1, -2), rows, m), -1, -2)
     return data.astype(jnp.float32) * scale

@@ -59,11 +59,16 @@ def is_explicit(type_) -> bool:
     return AxisType.Explicit in type_.sharding.mesh.axis_types
 
 
+def whole(x):
+    """x on all devices of an explicit mesh: rows of any token may be needed anywhere."""
+    return place(x, ((),) * x.ndim)
+
+
 def place(y, spec):
     """y in the sharding asked for, as mesh axes per dimension: a product that would cut blocks has a coarser one."""
     if spec is None or not is_explicit(jax.typeof(y)):
         return y
-    return jax.sharding.reshard(y, to_spec(spec))
+    return jax.sharding.reshard(y, NamedSharding(jax.typeof(y).sharding.mesh, to_spec(spec)))
 
 
 def explicit_axes(type_, dims) -> tuple:

@@ -32,7 +32,7 @@ from .._arrays.blocks import ROW
 from .._arrays.recipe import Recipe, forward_format, gradient_format, result_options
 from .._primitives.call import Call
 from .._primitives.leaf import once
-from .._primitives.mesh import is_explicit, like_primal
+from .._primitives.mesh import like_primal, whole
 from .._primitives.once import differentiable_once
 from .._primitives.operation import Operation
 from ..kernels import activation as act
@@ -244,13 +244,6 @@ def _bwd(call: Call, types, residuals, cotangents):
 
 
 _moe.defvjp(*differentiable_once("moe", _fwd, _bwd))
-
-
-def whole(x):
-    """x on all devices of an explicit mesh: rows of any token may be needed anywhere."""
-    if not is_explicit(jax.typeof(x)):
-        return x
-    return jax.sharding.reshard(x, jax.sharding.PartitionSpec(*[None] * x.ndim))
 
 
 class _MoeOperation(Operation):

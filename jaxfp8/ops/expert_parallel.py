@@ -25,7 +25,7 @@ from jax import lax
 from .._arrays import checks
 from .._arrays.blocks import ROW, dequantize_blocks
 from .._arrays.recipe import Recipe, current_recipe, forward_format, gradient_format
-from .._primitives.mesh import match_varying
+from .._primitives.mesh import match_varying, whole
 from .._primitives.once import differentiable_once
 from ..kernels import quantize as qt
 from ..kernels.sum_rows import sum_rows
@@ -203,7 +203,7 @@ def dispatch(
     check_exchange(function, strategy, max_sent, axis_name)
     check_positive(function, "max_rows", max_rows)
     with jax.named_scope("jaxfp8.dispatch"):
-        x, expert = match_varying([x, expert])
+        x, expert = match_varying([whole(x), whole(expert)])
         exchange, here = plan_exchange(function, expert, num_experts, axis_name, strategy, max_sent)
         rows = here.size if max_rows is None else max_rows
         routing = plan(here, exchange.experts, rows)
@@ -243,7 +243,7 @@ def combine(y: Any, gate: Any, route: Route) -> jax.Array:
         raise ValueError(f"{function}: gate has shape {gate.shape}; allowed: {route.shape}")
     checks.same(function, "rows", "dispatch's result", route.source.size, "y", y.shape[0])
     with jax.named_scope("jaxfp8.combine"):
-        y, gate = match_varying([y, gate.astype(jnp.float32)])
+        y, gate = match_varying([whole(y), whole(gate.astype(jnp.float32))])
         return _from_experts(y, gate, route)
 
 

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from .._arrays import checks
 from .._arrays.recipe import Recipe, current_recipe
 from .._primitives.call import Call
+from .._primitives.mesh import whole
 from ._arguments import out_spec
 from ._exchange import Strategy, levels_of
-from ._moe import POSITION, moe_operation, whole
+from ._moe import POSITION, moe_operation
 from .expert_parallel import check_exchange, check_positive
 from .mlp import check_mlp
 

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import importlib.util
 import inspect
 import os
 import pathlib
@@ -37,6 +38,9 @@ def site(tmp_path_factory):
     """The built site. Without --quiet: mkdocs counts only warnings that it shows."""
     directory = tmp_path_factory.mktemp("site")
     environment = {**os.environ, "JAXFP8_DOCS_EXECUTE": "false", "NO_MKDOCS_2_WARNING": "1"}
+    # nbconvert seeks its templates below sys.prefix, but it may be another environment's that this one is built on.
+    spec = importlib.util.find_spec("nbconvert")
+    environment["JUPYTER_PATH"] = str(pathlib.Path(spec.origin).parents[4] / "share/jupyter")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(directory)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -226,6 +226,7 @@ def test_a_step_trains_one_model_with_every_variant(tmp_path):
     assert full["peak_gib"] < kept["peak_gib"]
 
 
+@pytest.mark.full
 def test_blocks_of_mixtures_are_measured_side_by_side(tmp_path):
     moe.main([str(tmp_path), "--tiny"])
     (path,) = tmp_path.iterdir()

@@ -154,6 +154,7 @@ def readme_space():
     }
 
 
+@pytest.mark.full
 def test_the_mixture_of_the_guide_runs():
     code, several = code_blocks(ROOT / "docs/mixtures.md", "python")
     space = {"jax": jax, "jnp": jnp, "jaxfp8": jaxfp8, "functools": functools, "P": jax.P}
@@ -181,6 +182,7 @@ def test_the_mixture_of_the_guide_runs():
     assert np.isfinite(space["y"]).all()
 
 
+@pytest.mark.full
 def test_the_examples_of_the_readme_run():
     blocks = code_blocks(ROOT / "README.md", "python")
     space = readme_space()

@@ -1,6 +1,7 @@
 """The house keeps its order: imports go down the floors only, and no function is long."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,12 +21,37 @@ def functions(path):
             yield node.name, node.end_lineno - node.lineno + 1 - (prose or 0)
 
 
-@pytest.mark.parametrize("folder", ["benchmarks", "build_backend", "examples", "jaxfp8", "tests"])
+FOLDERS = [".ci", "benchmarks", "build_backend", "cmake", "examples", "jaxfp8", "tests", "tools"]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
 def test_no_function_is_longer_than_a_screen(folder):
     files = sorted((ROOT / folder).rglob("*.py"))
     assert files
     long = [(f.name, name, n) for f in files for name, n in functions(f) if n > LONGEST]
     assert not long
+
+
+def native_functions(path):
+    """First line and lines of each function outside of classes: clang-format puts its ends at the margin."""
+    start = None
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if line == "}" and start is not None:
+            yield start, number - start + 1
+            start = None
+        elif line[:1] in ("", " "):
+            continue
+        elif re.match(r"[#/}]|namespace|using", line) or line.endswith(";"):
+            start = None
+        elif start is None:
+            start = number
+
+
+def test_no_native_function_outside_kernels_is_longer_than_a_screen():
+    files = sorted((ROOT / "csrc").rglob("*.cc"))
+    found = [(f.name, start, n) for f in files for start, n in native_functions(f)]
+    assert len(found) > 50
+    assert not [f for f in found if f[2] > LONGEST]
 
 
 def test_each_floor_imports_only_floors_below_it():

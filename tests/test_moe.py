@@ -264,6 +264,7 @@ def test_vmap_over_weights_is_a_mixture_for_each():
     assert_same_bits(got[0], want[0])
 
 
+@pytest.mark.full
 def test_gradients_of_each_example_add_up_to_those_of_all():
     def gradients(x, expert, gate):
         m = Mixture(x, expert, gate, SMALL.w_up, SMALL.w_down, None)
@@ -278,7 +279,14 @@ def test_gradients_of_each_example_add_up_to_those_of_all():
         assert_close(got[i], np.stack([w[i] for w in want]), 1e-6)
 
 
-@pytest.mark.parametrize("policy", ["save_fp8_residuals", "save_dots_and_fp8_residuals", "nothing"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "save_fp8_residuals",
+        pytest.param("save_dots_and_fp8_residuals", marks=FULL),
+        pytest.param("nothing", marks=FULL),
+    ],
+)
 def test_remat_in_a_scan_gives_the_same_gradients(policy):
     layers = np.stack([SMALL.w_down[..., :128], -SMALL.w_down[..., :128]])
 
@@ -417,6 +425,7 @@ def test_experts_on_several_devices_have_the_bits_of_one(shape, options):
     assert_same_bits(over(shape, **options), one_device())
 
 
+@pytest.mark.full
 def test_vmap_of_experts_on_several_devices():
     """Over tokens and, on each device, over weights."""
     mesh = jax.make_mesh((4,), ("e",), devices=jax.devices()[:4], axis_types=(AxisType.Auto,))

@@ -144,6 +144,7 @@ def test_tokens_are_bytes_merged_in_order_and_digits_stand_alone(tiny_file):
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
+@pytest.mark.full
 def test_generation_with_a_cache_is_generation_without(tiny_file):
     config, params, _ = model.read(tiny_file)
     for forward in smollm2.precisions(config).values():

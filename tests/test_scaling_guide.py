@@ -98,6 +98,7 @@ def test_every_way_computes_the_loss_and_the_gradients_of_one_device(guide):
     assert distance(jax.tree.map(lambda g: g / 4, sums), grads) < ORDER
 
 
+@pytest.mark.full
 def test_the_mixture_computes_what_one_device_does(guide):
     space = next(space for section, space in guide if section == "Expert parallel")
     one = jax.make_mesh((1,), ("expert",), devices=jax.devices()[:1], axis_types=(AxisType.Auto,))

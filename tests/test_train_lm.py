@@ -82,7 +82,7 @@ def moe(tmp_path_factory):
     return finish(tmp_path_factory.mktemp("moe"), [*TINY, "--moe"])
 
 
-@pytest.fixture(params=["dense", pytest.param("moe", marks=pytest.mark.full)])
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.full) for name in ("dense", "moe")])
 def finished(request):
     return request.getfixturevalue(request.param)
 
@@ -410,6 +410,7 @@ def test_no_byte_sees_a_later_one(experts):
     assert (before[0, 20:] != after[0, 20:]).any(axis=-1).all()
 
 
+@pytest.mark.full
 def test_a_mixture_of_experts_is_the_gated_sum_of_its_two_best_experts():
     model = dataclasses.replace(MODEL, experts=4)
     params = _lm_model.init(model, jax.random.key(1))["layers"]

@@ -306,7 +306,9 @@ def test_every_activation_is_known_in_all_places_that_need_it():
         assert set(table) == known
 
 
-@pytest.mark.parametrize("ahead", [False, True], ids=["weights", "quantized ahead"])
+@pytest.mark.parametrize(
+    "ahead", [False, pytest.param(True, marks=pytest.mark.full)], ids=["weights", "quantized ahead"]
+)
 def test_a_mixture_is_compared_with_its_products_in_the_operands_type(ahead):
     """By both of its ragged products; of tokens of which some have no expert, also under vmap."""
     params = {"up": f32(1, 3, 128, 2, 128) / 12, "down": f32(2, 3, 128, 72) / 12}

@@ -7,7 +7,7 @@ import pytest
 
 import jaxfp8
 from jaxfp8 import _ffi
-from tests import oracle
+from tests import oracle, oracle_activation
 from tests import oracle_gradients as og
 from tests import oracle_quantize as oq
 from tests.emulated_platform import emulated_platform
@@ -15,7 +15,7 @@ from tests.oracle_mlp import FLIPS, ragged_reference, reference, run, tokens, we
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.parametrize("activation", ["silu", "gelu"])
+@pytest.mark.parametrize("activation", oracle_activation.ACTIVATIONS)
 @pytest.mark.representatives(cases=2)
 def test_mlp_and_its_gradients_equal_float64(gated, activation):
     (x, dy), (w_up, w_down) = tokens(130, 96, 72), weights(96, 200, 72, gated)
@@ -245,7 +245,7 @@ def test_emulated_kernels_train_as_the_portable_lowering(gated, groups):
 @pytest.mark.parametrize("grad_dtype", [oq.E4M3, oq.E5M2], ids=["e4m3", "e5m2"])
 @pytest.mark.parametrize("scale_format", ["float32", "pow2"])
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.parametrize("activation", ["silu", "gelu"])
+@pytest.mark.parametrize("activation", oracle_activation.ACTIVATIONS)
 @pytest.mark.parametrize("sizes", [None, [5, 0, 30, 1]], ids=["dense", "ragged"])
 def test_emulated_kernels_equal_float64_in_every_mode(
     sizes, activation, gated, scale_format, grad_dtype

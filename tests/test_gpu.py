@@ -12,7 +12,7 @@ from jax import lax
 import jaxfp8
 from jaxfp8.kernels import gemm
 from tests import kernel_cases as cases
-from tests import oracle
+from tests import oracle, oracle_activation
 from tests import oracle_quantize as oq
 from tests.emulated_platform import emulated_platform
 from tests.emulator.tensor_core import hopper_arithmetic
@@ -177,7 +177,7 @@ def test_ragged_dot_trains(cpu, groups):
 MLP = 1e-2
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu"])
+@pytest.mark.parametrize("activation", oracle_activation.ACTIVATIONS)
 @pytest.mark.parametrize("gate", [True, False], ids=["gate", "plain"])
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16], ids=["f32", "bf16"])
 def test_mlp_of_any_shape_trains(cpu, activation, gate, dtype):
@@ -355,7 +355,7 @@ ACTIVATIONS = {
 
 
 @pytest.mark.parametrize("case", ACTIVATIONS)
-@pytest.mark.parametrize("activation", ["silu", "gelu"])
+@pytest.mark.parametrize("activation", oracle_activation.ACTIVATIONS)
 def test_activation_kernels_are_exact_where_the_logistic_is(cpu, case, activation):
     shape, sizes = ACTIVATIONS[case]
     for input_dtype in (jnp.bfloat16, np.float16, np.float32):
@@ -369,7 +369,7 @@ def test_activation_kernels_are_exact_where_the_logistic_is(cpu, case, activatio
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("groups", [None, [100, 0, 129, 200]], ids=["dense", "ragged"])
-@pytest.mark.parametrize("activation", ["silu", "gelu"])
+@pytest.mark.parametrize("activation", oracle_activation.ACTIVATIONS)
 def test_mlp_trains(cpu, gated, groups, activation):
     for dtype in (np.float32, jnp.bfloat16):
         build = lambda d=dtype: cases.train_mlp(  # noqa: E731

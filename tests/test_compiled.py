@@ -122,18 +122,24 @@ def mixture_step(mesh, tokens, *, experts, width=1024, hidden=512, chunks=1, **o
     axes = mesh.axis_names if len(mesh.axis_names) > 1 else mesh.axis_names[0]
     choices = 8
 
-    def layer(x, expert, gate, up, down):
-        rows, sizes, route = jaxfp8.dispatch(
-            x, expert, experts * mesh.size, axis_name=axes, **options
-        )
-        return jaxfp8.combine(jaxfp8.ragged_mlp(rows, up, down, sizes), gate, route)
+    def send(x, expert):
+        return jaxfp8.dispatch(x, expert, experts * mesh.size, axis_name=axes, **options)
 
-    def chunked(x, expert, gate, up, down):
-        parts = zip(*(jnp.split(v, chunks) for v in (x, expert, gate)), strict=True)
-        return jnp.concatenate([layer(*part, up, down) for part in parts])
+    def layer(x, expert, gate, up, down):
+        xs, choices, gates = (jnp.split(v, chunks) for v in (x, expert, gate))
+        there, back, sums = send(xs[0], choices[0]), None, []
+        for i in range(chunks):
+            rows, sizes, route = there
+            there = send(xs[i + 1], choices[i + 1]) if i + 1 < chunks else None
+            y = jaxfp8.ragged_mlp(rows, up, down, sizes)
+            total = jaxfp8.combine(*back) if back else None
+            if chunks > 1:
+                there, y, total = lax.optimization_barrier((there, y, total))
+            sums, back = [*sums, total], (y, gates[i], route)
+        return jnp.concatenate([*sums[1:], jaxfp8.combine(*back)])
 
     spec = P(mesh.axis_names)
-    f = jax.shard_map(chunked, mesh=mesh, in_specs=spec, out_specs=spec)
+    f = jax.shard_map(layer, mesh=mesh, in_specs=spec, out_specs=spec)
 
     def run(x, expert, gate, up, down):
         def loss(x, gate, up, down):
@@ -183,14 +189,19 @@ def test_an_exchange_moves_what_the_guide_says_and_by_no_ragged_collective(case)
     assert by_dtype.total() == received * (2 * 4 * width // 128 + 3 * 4 * choices)
 
 
-def test_sums_of_a_chunk_come_back_beside_the_products_of_others():
-    """docs/scaling.md's pattern: of 4 chunks' sums, forward and backward, all but the last of each way."""
+def test_in_chunks_every_exchange_but_the_first_and_last_stands_beside_a_product():
+    """docs/scaling.md's pattern, forward and backward: FP8 rows there and bfloat16 sums back."""
     mesh = compiled.mesh({"gpu": 8})
-    function, args = mixture_step(mesh, 8192, experts=4, width=4096, hidden=2048, chunks=4)
+    function, args = mixture_step(
+        mesh, 8192, experts=4, width=4096, hidden=2048, chunks=4, max_rows=20480
+    )
     moved = compiled.compile_for(function, *args).collectives()
-    sums = [c for c in moved if c.kind == "all-to-all" and c.arrays[0].dtype == "bf16"]
-    assert len(sums) == 8
-    assert sum(bool(c.products) for c in sums) >= 6
+    exchanged = [c for c in moved if c.arrays[0].dtype in ("u8", "bf16")]
+    assert len(exchanged) == 16
+    for forward in (exchanged[:8], exchanged[8:]):
+        assert all(c.products for c in forward[1:-1]), [
+            (str(c.arrays[0]), c.beside) for c in forward
+        ]
 
 
 # ------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jaxfp8
+import jaxfp8.export
 from jaxfp8 import _ffi
 
 pytestmark = pytest.mark.skipif(
@@ -281,3 +282,40 @@ def test_a_build_without_kernels_says_so(monkeypatch):
 def test_the_portable_lowering_has_no_custom_call():
     text = jax.jit(train(jaxfp8.linear)).lower(X, W, np.zeros((64, 384), np.float32)).as_text()
     assert "jaxfp8_" not in re.sub(r"call @\w+|func private @\w+", "", text)
+
+
+# ------------------------------------------------------------------------------------------------
+# What XLA's scheduler is told
+# ------------------------------------------------------------------------------------------------
+
+
+def told(text):
+    """Nanoseconds of each custom call; None where nothing is said."""
+    lines = [x for x in text.splitlines() if "custom_call @jaxfp8_" in x]
+    found = [re.search(r'latency_metadata = "(\d+)"', x) for x in lines]
+    return dict(zip(calls(text), (f and int(f[1]) for f in found), strict=True))
+
+
+def test_every_call_says_about_how_long_it_runs():
+    """Products by their operations at 1.2 PFLOP/s, all by their bytes at 3.3 TB/s: the larger."""
+    m, k, n = 4096, 2048, 8192
+    x, w = jnp.zeros((m, k), jnp.bfloat16), jnp.zeros((k, n), jnp.bfloat16)
+    step = jax.grad(lambda x, w: jaxfp8.linear(x, w).astype(jnp.float32).sum(), (0, 1))
+    found = told(cuda_text(step, x, w))
+    product = 2 * m * k * n / 1.2e15 * 1e9
+    assert found["gemm_1d2d"] == found["gemm_1d1d"] == pytest.approx(product, rel=1e-3)
+    quantizer = (2 + 2 * (1 + 4 / 128)) * m * n / 3.3e12 * 1e9  # of dy, the last one
+    assert found["quantize_both"] == pytest.approx(quantizer, rel=1e-3)
+    assert all(found.values())
+
+
+def test_a_call_of_any_number_of_rows_says_nothing_of_its_time():
+    (rows,) = jax.export.symbolic_shape("m")
+    x = jax.ShapeDtypeStruct((rows, 256), jnp.float32)
+    exported = jax.export.export(
+        jax.jit(jaxfp8.linear),
+        platforms=["cuda"],
+        disabled_checks=jaxfp8.export.disabled_checks(),
+    )(x, jnp.zeros((256, 384)))
+    found = told(exported.mlir_module())
+    assert found["gemm_1d2d"] is None and found["quantize_weight"] > 0

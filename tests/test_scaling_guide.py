@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 import scaling_model  # noqa: E402
 
 import jaxfp8  # noqa: E402
-from tests.programs import stated  # noqa: E402
+from tests.programs import assert_same_bits, stated  # noqa: E402
 
 GUIDE = (ROOT / "docs" / "scaling.md").read_text()
 BLOCKS = re.findall(r"## ([^\n]+)\n|```python\n(.*?)```", GUIDE, re.DOTALL)
@@ -108,6 +108,32 @@ def test_the_mixture_computes_what_one_device_does(guide):
     want = np.asarray(whole(*(jax.tree.map(np.asarray, space[n]) for n in names)))
     # Two terms a token, each rounded once, then added and rounded: on either side.
     assert distance(space["y"], want) < 4 * 2.0**-24
+
+
+@pytest.mark.full
+def test_chunks_change_no_bit_of_results_and_of_the_gradients_of_tokens_and_gates(guide):
+    space = [space for section, space in guide if section == "Expert parallel"][-1]
+
+    def whole(x, expert, gate, weights):
+        tokens, sizes, route = jaxfp8.dispatch(x, expert, 8, axis_name="expert")
+        y = jaxfp8.ragged_mlp(tokens, weights["up"], weights["down"], sizes)
+        return jaxfp8.combine(y, gate, route)
+
+    def train(f):
+        spec = P("expert")
+        f = jax.shard_map(f, mesh=space["expert_mesh"], in_specs=spec, out_specs=spec)
+
+        def run(x, expert, gate, weights, dy):
+            y, pull = jax.vjp(lambda x, gate, w: f(x, expert, gate, w), x, gate, weights)
+            return y, *pull(dy)
+
+        return jax.jit(run)(*(space[n] for n in ("x", "expert", "gate", "experts", "target")))
+
+    *got, got_weights = train(space["chunked"])
+    *want, want_weights = train(whole)
+    assert_same_bits(got, want)
+    # Blocks of weight gradients' operands run along the tokens, and end with a chunk.
+    assert distance(got_weights, want_weights) < 0.05
 
 
 # ------------------------------------------------------------------------------------------------

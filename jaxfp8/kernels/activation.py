@@ -18,7 +18,7 @@ from .. import _ffi
 from .._arrays.blocks import BLOCK, ROW, ceil_blocks, quantize_blocks
 from .._arrays.recipe import Format
 from .._primitives.call import Call
-from .._primitives.leaf import Leaf
+from .._primitives.leaf import Leaf, timed_call
 from .._primitives.mesh import is_explicit
 from .._primitives.sharded_operation import ShardedOperation
 from ._mapped import mapped
@@ -176,7 +176,7 @@ def _activation(name, reference, row_axes, column_axes=None):
         layouts[1] = _M_MAJOR[row_axes]
         if column_axes is not None:
             layouts[3] = _COLUMN_MAJOR[column_axes]
-        call = jax.ffi.ffi_call(_ffi.target(name), results, output_layouts=layouts)
+        call = timed_call(_ffi.target(name), results, output_layouts=layouts)
         index = np.int32(ACTIVATIONS.index(activation))
         return call(*arrays, activation=index, pow2=np.bool_(pow2))
 

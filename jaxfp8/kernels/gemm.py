@@ -16,7 +16,7 @@ from .._arrays.quantized_array import QuantizedArray, quantized
 from .._arrays.recipe import check_num_sms, current_recipe
 from .._ffi import CONTRACTION_STEP
 from .._primitives.call import Call, arrange, restore
-from .._primitives.leaf import Leaf, once
+from .._primitives.leaf import Leaf, once, timed_call
 from .._primitives.sharded_operation import ShardedOperation
 from .configurations import check_config, config_index, product_of_call
 from .named import ROW_SCALE, Named
@@ -80,9 +80,12 @@ def product_call(name, reference, scale_operands):
             ROW_SCALE[v.ndim] if i in scale_operands else tuple(range(v.ndim))
             for i, v in enumerate(padded)
         ]
-        call = jax.ffi.ffi_call(
+        lhs, _, rhs, *_ = operands
+        call = timed_call(
             _ffi.target(f"{name}_accum" if accum else name),
             [result],
+            # Each element of the lhs meets each row of the rhs, of one group.
+            flops=2 * lhs.size * rhs.shape[-2],
             input_layouts=layouts,
             input_output_aliases={len(padded) - 1: 0} if accum else {},
         )

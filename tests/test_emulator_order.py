@@ -1,16 +1,20 @@
 """What orders accesses, by lane, scope and semantics: the fault is found, the right form is not."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
 
 from tests.emulator import (
+    DoubleWrite,
     ExitedCta,
     LaunchError,
+    Memory,
     MissingFence,
     OutOfBounds,
     Race,
+    Trap,
     UninitializedRead,
     launch,
 )
@@ -495,6 +499,42 @@ def test_what_nothing_wrote_is_an_error_only_where_its_value_is_used():
         unused.run()
 
 
+@pytest.mark.parametrize("sync", ["", "bar.sync 0;"])
+def test_a_racing_read_is_an_error_only_where_its_value_is_used(sync):
+    """Each warp reads what the other writes."""
+    body = f"""st.shared.u32 [%r1], %r100;
+    xor.b32 %r2, %r1, 128;
+    {sync}
+    ld.shared.u32 %r3, [%r2];
+    {{}}
+    st.global.u32 [%d2], %r4;"""
+    for use, severity in (("mov.b32 %r4, %r3;", "error"), ("and.b32 %r4, %r3, 0;", "warning")):
+        program = _exchange(body.format(use))
+        found = [(f.severity, f.of_a_value) for f in _collect(program).findings if f.of_a_value]
+        assert found == ([] if sync else [(severity, True)]), use
+
+
+def test_rows_of_a_wgmma_that_nobody_stores_need_no_value():
+    """Rows 32 and up of A are not written; they are those of warps 2 and 3."""
+    program = PROGRAMS["wgmma m64n64k32.f32.e4m3.e4m3 swizzle 128"]
+    store = re.search(r"( +)(st\.shared\.u32 \[(%r\d+)\], %r\d+;)", program.ptx)
+    assert store
+    skip = f"""
+    sub.u32 %r120, {store[3]}, %r131;
+    sub.u32 %r120, %r120, 4096;
+    setp.lt.u32 %p9, %r120, 4096;
+    @!%p9 {store[2]}"""
+    used = program.ptx.replace(store[0], skip)
+    first = re.search(r" +st\.global\.u32", used)
+    assert first
+    leave = "    setp.ge.u32 %p9, %r130, 64;\n    @%p9 ret;\n"
+    unused = used[: first.start()] + leave + used[first.start() :]
+    for text, severity in ((used, "error"), (unused, "warning")):
+        report = _collect(dataclasses.replace(program, ptx=text))
+        found = {(type(f), f.severity) for f in report.findings}
+        assert found == {(UninitializedRead, severity)}
+
+
 def test_the_second_run_leaves_the_results_of_the_first():
     body = "ld.shared.u32 %r3, [%r1];\n    st.global.u32 [%d2], %r3;"
     array = np.arange(64, dtype=np.uint32)
@@ -556,3 +596,102 @@ END:""",
 def test_stop_at_has_three_values():
     with pytest.raises(LaunchError, match="stop_at is 'all'"):
         _collect(_exchange(""), "all")
+
+
+# --- launches that overlap --------------------------------------------------------------------
+
+WAIT = "griddepcontrol.wait;"
+TRIGGER = "griddepcontrol.launch_dependents;"
+
+
+def _stage(first: str, last: str, read: str = "ld.global.u32 %r3, [%d3];") -> str:
+    """Adds one to each word, from p0 to p1, each CTA 32 of them."""
+    return kernel(
+        "u64 u64",
+        f"""
+    mov.u32 %r100, %tid.x;
+    mov.u32 %r1, %ctaid.x;
+    ld.param.u64 %d1, [p0];
+    ld.param.u64 %d2, [p1];
+    mad.lo.u32 %r2, %r1, 32, %r100;
+    mad.wide.u32 %d3, %r2, 4, %d1;
+    mad.wide.u32 %d4, %r2, 4, %d2;
+    {first}
+    {read}
+    add.u32 %r4, %r3, 1;
+    st.global.u32 [%d4], %r4;
+    {last}""",
+    )
+
+
+def _chain(*stages: str, arrays: int | None = None):
+    """Runs stages that may overlap, each from one array to the next; with `arrays`, round a ring."""
+    memory = Memory()
+    count = arrays or len(stages) + 1
+    held = [np.zeros(64, np.uint32) for _ in range(count)]
+    for number, text in enumerate(stages):
+        args = [held[number % count], held[(number + 1) % count]]
+        launch(text, "test", grid=2, block=32, args=args, memory=memory, programmatic=number > 0)
+    return held
+
+
+def test_overlapping_launches_are_ordered_by_the_wait():
+    *_, last = _chain(_stage("", TRIGGER), _stage(WAIT, ""))
+    assert (last == 2).all()
+    _chain(_stage(TRIGGER, ""), _stage(WAIT, ""))
+    _chain(_stage("", ""), _stage(WAIT, ""))
+    barrier = "setp.ne.u32 %p1, %r100, 0;\n    @!%p1 griddepcontrol.wait;\n    bar.sync 0;"
+    _chain(_stage("", TRIGGER), _stage(barrier, ""))
+
+
+@pytest.mark.parametrize("first", ["", TRIGGER])
+def test_a_read_of_an_overlapping_launch_without_a_wait_is_a_race(first):
+    with pytest.raises(Race, match="griddepcontrol.wait is missing") as raised:
+        _chain(_stage(first, TRIGGER), _stage("", WAIT))
+    assert "griddepcontrol" in raised.value.section
+    with pytest.raises(Race):
+        _chain(_stage("", ""), _stage("", ""))
+
+
+def test_launches_one_after_another_need_no_wait():
+    memory, x, y = Memory(), np.zeros(64, np.uint32), np.zeros(64, np.uint32)
+    for args in ([x, y], [y, x]):
+        launch(_stage("", TRIGGER), "test", grid=2, block=32, args=args, memory=memory)
+    assert (x == 2).all()
+
+
+def test_a_store_over_what_an_overlapping_launch_reads_needs_the_wait():
+    """The second stage stores into the first's input, and reads nothing of it."""
+    blind = "mov.u32 %r3, 7;"
+    with pytest.raises(Race, match="may still read"):
+        _chain(_stage("", TRIGGER), _stage("", "", blind), arrays=2)
+    _chain(_stage("", TRIGGER), _stage(WAIT, "", blind), arrays=2)
+    # Without launch_dependents the second cannot start before the first has read.
+    _chain(_stage("", ""), _stage("", "", blind), arrays=2)
+
+
+def test_a_wait_covers_the_launch_before_the_last_only_if_that_waited():
+    """The third stage stores where the first stored."""
+    blind = "mov.u32 %r3, 7;"
+    first, third = _stage("", TRIGGER, blind), _stage(WAIT, "", blind)
+
+    def run(second: str):
+        memory, x, y, z = Memory(), *(np.zeros(64, np.uint32) for _ in range(3))
+        for number, (text, args) in enumerate(((first, [z, x]), (second, [z, y]), (third, [z, x]))):
+            launch(
+                text, "test", grid=2, block=32, args=args, memory=memory, programmatic=number > 0
+            )
+
+    run(_stage(WAIT, TRIGGER, blind))
+    with pytest.raises(DoubleWrite, match="griddepcontrol.wait"):
+        run(_stage("", TRIGGER, blind))
+
+
+# --- device asserts ---------------------------------------------------------------------------
+
+
+def test_a_failed_assert_is_a_trap():
+    program = PROGRAMS["call.uni of an assert that holds"]
+    text = program.ptx.replace("@!%p1 bra HOLDS;", "")
+    with pytest.raises(Trap, match="assert"):
+        dataclasses.replace(program, ptx=text).run()

@@ -293,6 +293,11 @@ class BulkLoad(_Transfer):
 def _check_box(issue: Issue, lane: int, decoded: DecodedMap, coordinates):
     """May the copy that a lane issues read this box?"""
     region = decoded.region(issue.cluster.memory, write=False)
+    if issue.cluster.launch.logs_reads:
+        clipped = decoded.clip(coordinates)
+        if clipped:
+            window = decoded.view_of(region, region.log_readers())
+            window[clipped[0]] = issue.cluster.launch.number + 1
     if region.writers is not None and issue.cluster.check_races:
         clipped = decoded.clip(coordinates)
         if clipped:
@@ -305,6 +310,8 @@ def _range_of(issue: Issue, lane: int, source: int, nbytes: int) -> Callable[[],
     """The bytes of a range, to be read later, after the same check."""
     region = issue.cluster.memory.find(source, nbytes, "bulk load")
     place = slice(source - region.base, source - region.base + nbytes)
+    if issue.cluster.launch.logs_reads:
+        region.log_readers()[place] = issue.cluster.launch.number + 1
     if region.writers is not None and issue.cluster.check_races:
         row = int(issue.warp.rows[lane])
         issue.cluster.launch.check_readers(issue.warp, row, region, region.writers[place])
@@ -425,6 +432,9 @@ def _store_box(issue: Issue, decoded: DecodedMap, coordinates, reduction, data: 
         view[...] = _combine(reduction, decoded.dtype, view, new)
         return
     region.log()
+    if region.readers is not None:
+        readers = decoded.view_of(region, region.readers)[tensor]
+        cluster.launch.check_overlap(issue.warp, issue.warp.index, region, readers)
     _log_store(issue, decoded.view(region, log=True)[tensor], f"box {coordinates} of {region}")
     view[...] = new
 
@@ -436,6 +446,9 @@ def _store_range(issue: Issue, target: int, nbytes: int, reduction, dtype, data:
     if reduction:
         view[...] = _combine(reduction, dtype, view, data)
         return
+    if region.readers is not None:
+        readers = region.readers[start : start + nbytes]
+        issue.cluster.launch.check_overlap(issue.warp, issue.warp.index, region, readers)
     _log_store(issue, region.log()[start : start + nbytes], f"{target:#x} of {region}")
     view[...] = data
 

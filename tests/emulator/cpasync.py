@@ -133,6 +133,9 @@ class CopyAsync(Special):
                 if count:
                     region = cluster.memory.find(int(source), int(count), "cp.async")
                     start = int(source) - region.base
+                    if cluster.launch.logs_reads:
+                        number = cluster.launch.number + 1
+                        region.log_readers()[start : start + count] = number
                     if region.writers is not None and cluster.check_races:
                         stamps = region.writers[start : start + count]
                         cluster.launch.check_readers(

@@ -19,6 +19,7 @@ class EmulatorError(Exception):
         offset: byte offset in shared memory, or address in global memory, where one is at fault.
         severity: "error" or "warning".
         section: of the PTX ISA, by its name, or "" where the fault is not one of a rule there.
+        of_a_value: is it about a value that was read, which counts only where it is used?
         count: how often the same instruction met it, where a run goes on.
     """
 
@@ -37,12 +38,14 @@ class EmulatorError(Exception):
         offset: int | None = None,
         severity: str | None = None,
         section: str | None = None,
+        of_a_value: bool = False,
     ):
         if severity is not None:
             self.severity = severity
         if section is not None:
             self.section = section
         self.count = 1
+        self.of_a_value = of_a_value
         self.line = line
         self.instruction = instruction
         self.source = source

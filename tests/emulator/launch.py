@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,20 +13,14 @@ from typing import Any
 import numpy as np
 
 from . import tensormap
-from .errors import (
-    CONTINUABLE,
-    DoubleWrite,
-    EmulatorError,
-    LaunchError,
-    Race,
-    UninitializedRead,
-)
+from .errors import CONTINUABLE, DoubleWrite, EmulatorError, LaunchError, Race
 from .machine import REGISTER_FILE, Cluster, Warp
 from .memory import Memory, Region
+from .order import Grid
 from .parser import Kernel, Module
 from .program import Program
 from .scheduler import Policy, Scheduler
-from .shared import POISON
+from .shared import FIRST, POISON
 from .tensormap import TensorMap
 
 _MAX_CLUSTER = 16
@@ -39,17 +34,22 @@ class Report:
     Attributes:
         instructions: warp instructions executed.
         wgmma: wgmma instructions executed, one for each of a warpgroup.
+        mma: mma.sync instructions executed, one for each warp.
+        products: multiplications of two elements by wgmma and mma.sync.
         generic_bytes_loaded, generic_bytes_stored: global memory through ld (and cp.async), st.
         tma_bytes_loaded, tma_bytes_stored: global memory through bulk copies. A box counts whole.
         shared_bytes: the highest byte of shared memory touched by any CTA, past the system's KiB.
         covered_lines: PTX lines of the instructions executed by at least one warp.
         lines: PTX lines of all instructions of the kernel.
+        opcodes: how many warps executed each opcode.
         findings: what was found and did not end the run, one for each place (`launch`'s stop_at).
         finished: did the kernel run to its end?
     """
 
     instructions: int = 0
     wgmma: int = 0
+    mma: int = 0
+    products: int = 0
     generic_bytes_loaded: int = 0
     generic_bytes_stored: int = 0
     tma_bytes_loaded: int = 0
@@ -57,6 +57,7 @@ class Report:
     shared_bytes: int = 0
     covered_lines: frozenset[int] = field(default=frozenset(), repr=False)
     lines: frozenset[int] = field(default=frozenset(), repr=False)
+    opcodes: Counter[str] = field(default_factory=Counter, repr=False)
     findings: list[EmulatorError] = field(default_factory=list)
     finished: bool = True
 
@@ -115,10 +116,17 @@ class Launch:
         check_races: bool,
         stop_at: str = "warning",
         poison: int = POISON,
+        perturbs: bool = False,
     ):
         if stop_at not in ("warning", "error", "nothing"):
             raise LaunchError(f"stop_at is {stop_at!r}; allowed are 'warning', 'error', 'nothing'")
         self.stop_at, self.poison = stop_at, poison
+        self.perturbs = perturbs  # gives values to reads that a finding is about
+        # Where dependents may start early, what this launch reads is kept for them (order.py).
+        self.number = len(memory.order.grids)
+        self.logs_reads = check_races and any(
+            i.opcode == "griddepcontrol.launch_dependents" for i in program.instructions
+        )
         self._by_place: dict[tuple, EmulatorError] = {}
         self.program, self.memory = program, memory
         self.grid, self.block, self.cluster = grid, block, cluster
@@ -126,8 +134,9 @@ class Launch:
         self.threads = block[0] * block[1] * block[2]
         self.policy = Policy(seed)
         self.report = Report()
-        self.covered: set[int] = set()
+        self.executed = [0] * len(program.nodes)  # by node: how many warps
         self._check_shape()
+        memory.order.grids.append(Grid(int(np.prod(grid))))
         self.registers_per_thread = self._registers_per_thread()
         self.symbols = self._module_variables()
         self.parameter_block = self._parameters(args)
@@ -226,32 +235,43 @@ class Launch:
         ]
         if not self.policy.fixed:
             self.policy.random.shuffle(origins)
-        top = 0
-        for x, y, z in origins:
-            blocks = [
-                (x + i, y + j, z + k) for k in range(cz) for j in range(cy) for i in range(cx)
-            ]
-            cluster = Cluster(self, blocks)
-            Scheduler(cluster).run()
-            top = max(top, *(cta.shared.top for cta in cluster.ctas))
-        self.report.shared_bytes = top - 0x400
+        try:
+            for x, y, z in origins:
+                blocks = [
+                    (x + i, y + j, z + k) for k in range(cz) for j in range(cy) for i in range(cx)
+                ]
+                cluster = Cluster(self, blocks)
+                top = FIRST
+                try:
+                    Scheduler(cluster).run()
+                finally:
+                    top = max(top, *(cta.shared.top for cta in cluster.ctas))
+                    self.report.shared_bytes = max(self.report.shared_bytes, top - FIRST)
+        finally:
+            self._count()
+        return self.report
+
+    def _count(self):
+        """Adds up what was executed."""
         instructions = self.program.instructions
         self.report.lines = frozenset(i.line for i in instructions)
         self.report.covered_lines = frozenset(
             instructions[i].line
-            for index in self.covered
-            for node in [self.program.nodes[index]]
+            for node, count in zip(self.program.nodes, self.executed, strict=True)
             for i in range(node.first, node.first + node.count)
+            if count
         )
-        return self.report
+        for node, count in zip(self.program.nodes, self.executed, strict=True):
+            if count:
+                for i in range(node.first, node.first + node.count):
+                    self.report.opcodes[instructions[i].opcode] += count
 
     def found(self, error: EmulatorError) -> bool:
         """Keeps a finding that does not end the run; False for one that does."""
         if self.stop_at == "warning" or not isinstance(error, CONTINUABLE):
             return False
-        # Whether a value that nothing wrote is used is known at the end only.
-        judged_later = isinstance(error, UninitializedRead)
-        if self.stop_at == "error" and error.severity == "error" and not judged_later:
+        # Whether the value that was read is used is known at the end only.
+        if self.stop_at == "error" and error.severity == "error" and not error.of_a_value:
             return False
         other = error.other and error.other.rsplit(", ", 1)[-1]
         first = self._by_place.setdefault((type(error), error.line, other), error)
@@ -267,6 +287,26 @@ class Launch:
         gx, gy, _ = self.grid
         return linear % gx, linear // gx % gy, linear // gx // gy
 
+    def check_overlap(self, warp: Warp, row: int, region: Region, readers: np.ndarray):
+        """A store over what earlier launches, by their numbers, may still read."""
+        if not self.check_races:
+            return
+        order, cluster = warp.cluster.order, warp.cluster
+        for number in np.unique(readers).tolist():
+            if (
+                number
+                and number <= self.number
+                and not order.knows_launch(cluster, row, number - 1)
+            ):
+                cluster.fault(
+                    Race,
+                    f"a store to {region}, which an earlier launch may still read: "
+                    "griddepcontrol.wait is missing",
+                    actor=f"{warp.name} of block {warp.cta.block_index}",
+                    section=_GRID_RULE,
+                )
+                return
+
     def check_readers(
         self, warp: Warp, row: int, region: Region, stamps: np.ndarray, strong: bool = False
     ):
@@ -276,10 +316,21 @@ class Launch:
         if not foreign.size:
             return
         for stamp, why in order.unordered(cluster, row, foreign, strong):
+            actor = f"{warp.name} of block {warp.cta.block_index}"
+            if order.in_earlier_launch(stamp):
+                cluster.fault(
+                    Race,
+                    f"a read of {region} where an earlier launch stored: griddepcontrol.wait is "
+                    "missing",
+                    actor=actor,
+                    other=f"CTA {stamp.linear} of that launch",
+                    section=_GRID_RULE,
+                )
+                return
             cluster.fault(
                 Race,
                 f"a read of {region} where another CTA stored: {_WHY[why]}",
-                actor=f"{warp.name} of block {warp.cta.block_index}",
+                actor=actor,
                 other=f"block {self.block_of(stamp.linear)}",
                 severity="warning" if why == "no acquire" else None,
                 section="Memory Consistency Model: Release and Acquire Patterns",
@@ -303,16 +354,22 @@ class Launch:
                 ordered = order.knows(cluster, row, stamp, "acquired")
             if not ordered:
                 offset = int(columns[previous == number][0])
+                earlier = order.in_earlier_launch(stamp)
+                who = "an earlier launch" if earlier else "another CTA"
+                other = f"CTA {stamp.linear}" if earlier else f"block {self.block_of(stamp.linear)}"
                 cluster.fault(
                     DoubleWrite,
-                    f"a store to {region} at byte {offset}, which another CTA stored in this launch",
+                    f"a store to {region} at byte {offset}, which {who} stored"
+                    + (": griddepcontrol.wait is missing" if earlier else " in this launch"),
                     actor=f"{warp.name} of block {warp.cta.block_index}",
-                    other=f"block {self.block_of(stamp.linear)}",
+                    other=other,
                     offset=region.base + offset,
+                    section=_GRID_RULE if earlier else None,
                 )
                 return
 
 
+_GRID_RULE = "Parallel Synchronization and Communication Instructions: griddepcontrol"
 _WHY = {
     "race": "nothing orders the read after the store",
     "no release": "the reader has seen a later write of that CTA, which released nothing",
@@ -340,13 +397,18 @@ def launch(
     seed: int = 0,
     check_races: bool = True,
     stop_at: str = "warning",
+    programmatic: bool = False,
     memory: Memory | None = None,
 ) -> Report:
     """Executes a kernel. See the package's docstring.
 
     stop_at: the first finding that is raised: any ("warning"), an "error", or "nothing", where the
-    report holds all of them. Then a read of what nothing has written is a warning if its value
-    reaches no result: if a second run, on other initial values, stores the same.
+    report holds all of them. Then a read, of what nothing has written or of what nothing orders, is a
+    warning if its value reaches no result: if a second run, with other values for these, stores the
+    same.
+
+    programmatic: this launch may overlap the one before it in `memory`, as one with the attribute
+    cudaLaunchAttributeProgrammaticStreamSerialization: only `griddepcontrol.wait` orders them.
 
     Raises:
         EmulatorError: the launch is impossible, or the kernel has a fault.
@@ -354,7 +416,8 @@ def launch(
     text = _text(ptx)
     program = _program(hashlib.sha256(text.encode()).digest(), text, entry)
     memory = _memory_of(args) if memory is None else memory
-    memory.forget_stores()
+    if not programmatic:
+        memory.forget_stores()
     shape = (_triple(grid, "grid"), _triple(block, "block"), _triple(cluster, "cluster"))
     start = functools.partial(Launch, program, memory, *shape, int(dynamic_smem), args, seed)
     running = start(check_races, stop_at)
@@ -368,9 +431,10 @@ def launch(
                 raise
             report.findings.append(error)
             report.finished = False
-        unwritten = [f for f in report.findings if isinstance(f, UninitializedRead)]
+        unwritten = [f for f in report.findings if f.of_a_value]
         if unwritten and report.finished and before is not None:
-            used = _depends_on_poison(start(False, poison=_OTHER_POISON), before)
+            again = start(check_races, "nothing", poison=_OTHER_POISON, perturbs=True)
+            used = _depends_on_poison(again, before)
             for finding in unwritten:
                 finding.severity = "error" if used else "warning"
             if used and stop_at == "error":
@@ -382,7 +446,7 @@ _OTHER_POISON = 0x3C
 
 
 def _depends_on_poison(again: Launch, before: list[np.ndarray]) -> bool:
-    """Does a second run, on other values where nothing was written, store something else?"""
+    """Does a second run, with other values for the reads found, store something else?"""
     memory = again.memory
     results = memory.snapshot()
     memory.restore(before)

@@ -314,6 +314,7 @@ class Cluster:
         severity: str | None = None,
         section: str | None = None,
         goes_on: bool = True,
+        of_a_value: bool = False,
     ):
         """A finding at the instruction being executed (or at instruction `at`).
 
@@ -330,7 +331,7 @@ class Cluster:
             }
         error = kind(
             message, actor=actor, other=other, offset=offset, severity=severity, section=section,
-            **place,
+            of_a_value=of_a_value, **place,
         )  # fmt: skip
         if not goes_on or not self.launch.found(error):
             raise error

@@ -22,6 +22,7 @@ class Region:
 
     writers: for each byte, the stamp of the warp that stored it in this launch (order.py), 0 for
     none; allocated at the first store.
+    readers: for each byte, 1 + the launch that read it last, of those whose dependents may overlap.
     """
 
     def __init__(self, base: int, data: np.ndarray, writable: bool, name: str):
@@ -29,6 +30,7 @@ class Region:
         self.size = data.size
         self.end = base + data.size
         self.writers: np.ndarray | None = None
+        self.readers: np.ndarray | None = None
         self._views: dict[int, np.ndarray] = {}
 
     def __repr__(self):
@@ -42,6 +44,11 @@ class Region:
                 return None
             self._views[itemsize] = self.bytes.view(f"u{itemsize}")
         return self._views[itemsize]
+
+    def log_readers(self) -> np.ndarray:
+        if self.readers is None:
+            self.readers = np.zeros(self.size, np.uint8)
+        return self.readers
 
     def log(self) -> np.ndarray:
         if self.writers is None:
@@ -146,7 +153,7 @@ class Memory:
         """Starts a launch: no byte has been stored yet."""
         self.order = GlobalOrder()
         for region in self._regions:
-            region.writers = None
+            region.writers = region.readers = None
 
     def snapshot(self) -> list[np.ndarray]:
         """The bytes of every buffer that can be stored to, in the order of their making."""

@@ -14,6 +14,11 @@ A relaxed atomic alone orders nothing, whether its result is used or not. A fenc
 relaxed write that a barrier orders after it, also one by another thread: all threads fence, the CTA
 meets, one thread counts. By the letter the fence belongs to the thread that writes.
 
+Launches that overlap (programmatic dependent launch): what an earlier one stored, or still reads, is
+ordered by `griddepcontrol.wait` alone, which waits for all of the launch before. That one has waited
+for the launch before it only if its own CTAs did. `launch_dependents` orders nothing. The emulator
+runs the second launch after the first, and judges it as if they overlapped.
+
 Two strong accesses never race. A strong load may still see an old value where the warp has read
 something that its writer wrote later, and nothing released or acquired: that is a finding too.
 """
@@ -95,10 +100,20 @@ def merge(into: Known, more: Known):
         into[cluster] = clocks.copy() if have is None else np.maximum(have, clocks)
 
 
+class Grid:
+    """A launch among those that may overlap."""
+
+    def __init__(self, ctas: int):
+        self.ctas = ctas
+        self.clusters: list[int] = []
+        self.waited: set[int] = set()  # CTAs that executed griddepcontrol.wait
+
+
 class GlobalOrder:
     """Stamps of the stores to one memory, and its places of synchronisation."""
 
     def __init__(self):
+        self.grids: list[Grid] = []
         self.stamps: list[Stamp | None] = [None]
         self.clusters = 0
         self.places: dict[tuple[int, int], Place] = {}
@@ -108,7 +123,31 @@ class GlobalOrder:
 
     def new_cluster(self) -> int:
         self.clusters += 1
+        self.grids[-1].clusters.append(self.clusters)
         return self.clusters
+
+    # --- launches that overlap ---
+
+    def wait_for_launches(self, warp: Warp):
+        """griddepcontrol.wait"""
+        self.grids[-1].waited.add(warp.cta.linear)
+        known: Known = {}
+        for grid in reversed(self.grids[:-1]):
+            for cluster in grid.clusters:
+                known[cluster] = np.full(_MAX_WARPS, GRID_END, np.int32)
+            if len(grid.waited) < grid.ctas:
+                break
+        if known:
+            clock = int(warp.row_seen[warp.index])
+            self._import(warp.cluster, Import(warp.index, clock, known, "acquired"))
+
+    def knows_launch(self, cluster: Cluster, row: int, number: int) -> bool:
+        """Is the end of an earlier launch ordered before what a row of clocks does next?"""
+        last = Stamp(self.grids[number].clusters[0], 0, 0, GRID_END, False)
+        return self.knows(cluster, row, last, "acquired")
+
+    def in_earlier_launch(self, stamp: Stamp) -> bool:
+        return stamp.cluster not in self.grids[-1].clusters
 
     def stamp(self, warp: Warp, strong: bool = False) -> int:
         """The number of a warp's stores at its present clock."""
@@ -248,3 +287,4 @@ class GlobalOrder:
 
 
 _FENCES = 8  # of a warp that are kept
+_MAX_WARPS = 16 * 32  # of a cluster

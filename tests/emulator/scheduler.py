@@ -80,7 +80,7 @@ class Scheduler:
         self.cluster, self.policy = cluster, cluster.policy
         self.program, self.nodes = cluster.program, cluster.program.nodes
         self.report = cluster.report
-        self.covered = cluster.launch.covered
+        self.executed = cluster.launch.executed
         self.turn = 0
         self.last_progress = -1
         self.shared_units = self.policy.in_step
@@ -203,7 +203,7 @@ class Scheduler:
                 return
             node = nodes[index]
             done += 1
-            self.covered.add(index)
+            self.executed[index] += len(warps)
             self.report.instructions += node.count * len(warps)
             cluster.steps += 1
             if cluster.steps > _MAX_STEPS:

@@ -113,9 +113,9 @@ class SharedMemory:
     # --- generic proxy ---
 
     def read(self, access: Access, granules):
-        """Generic reads."""
+        """Generic reads. Returns which of the granules are at fault, or None."""
         if not self.checked:
-            return
+            return None
         who, agent, lane, epoch = access
         seen = self.cluster.seen
         ok = seen[who, self.writer[granules]] >= self.written[granules]
@@ -124,6 +124,7 @@ class SharedMemory:
         clash = (self.write_epoch[granules] == epoch) & (self.write_lane[granules] != lane)
         if clash.any():
             self._lanes_race(who, granules, clash, "read", "a write")
+        bad = ~ok | clash
         self.reads[granules, agent] = seen[who, agent]
         other = (self.read_epoch[granules] == epoch) & (self.read_lane[granules] != lane)
         self.read_lane[granules] = lane
@@ -131,6 +132,7 @@ class SharedMemory:
         if other.any():
             self.read_lane[granules[other]] = _SEVERAL
         self.read_epoch[granules] = epoch
+        return bad if bad.any() else None
 
     def write(self, access: Access, granules):
         """Generic writes."""
@@ -208,18 +210,21 @@ class SharedMemory:
         """A read by wgmma or by a bulk store, as `agent` at `clock`.
 
         seen, proxied: the clocks of the warp that issues it (for wgmma, the least of its warps').
+        Returns which of the granules are at fault, or None.
         """
         if not self.checked:
-            return
+            return None
         writer, written = self.writer[granules], self.written[granules]
         ok = proxied.take(writer) >= written
         if not ok.all():
             ordered = seen.take(writer) >= written
             if not ordered.all():
                 self._unordered(who, granules, ordered, what)
-            self._no_fence(who, granules, ok, f"{what} reads")
+            if not (ok | ~ordered).all():
+                self._no_fence(who, granules, ok | ~ordered, f"{what} reads")
         column = self.reads[:, agent]
         column[granules] = np.maximum(column[granules], clock)
+        return None if ok.all() else ~ok
 
     def async_write(self, warp: Warp, lane: int, granules, agent: int, clock: int, what: str):
         """A write by the copy engine that a lane of `warp` issues."""
@@ -359,6 +364,7 @@ class SharedMemory:
                 f"{what} of {place} ({count} bytes), which nothing has written",
                 actor=actor,
                 offset=offset,
+                of_a_value=True,
             )
             return
         if writer == cluster.barrier_object:
@@ -374,6 +380,7 @@ class SharedMemory:
             actor=actor,
             other=f"{cluster.agent(writer)}, {cluster.site(int(self.site[granule]))}",
             offset=offset,
+            of_a_value=_is_read(what),
         )
 
     def _lanes_race(self, who, granules, clash, what: str, earlier: str):
@@ -389,6 +396,7 @@ class SharedMemory:
             if earlier == "a write"
             else lanes,
             offset=granule * self.granule,
+            of_a_value=_is_read(what),
         )
 
     def _still_read(self, who, granules, limit):
@@ -416,4 +424,10 @@ class SharedMemory:
             other=f"{self.cluster.agent(int(self.writer[granule]))}, "
             f"{self.cluster.site(int(self.site[granule]))}",
             offset=granule * self.granule,
+            of_a_value=_is_read(what),
         )
+
+
+def _is_read(what: str) -> bool:
+    """Is it an access whose value the emulator can change (`Launch.perturbs`)?"""
+    return what == "read" or what.startswith("operand")

@@ -136,16 +136,39 @@ class TrapInstruction(Special):
 
 
 @register
+class Call(Special):
+    """call.uni of what device code calls without a body: a failed assert ends, printf prints nothing."""
+
+    names = ("call",)
+
+    def __init__(self, instruction, operands):
+        super().__init__(instruction, operands)
+        operands.allow("uni")
+        named = [t for t in instruction.operands if not t.startswith("(")]
+        self.function = named[0] if named else ""
+        if self.function not in ("__assertfail", "__assert_fail", "vprintf"):
+            raise UnknownInstruction(f"a call of {self.function or 'what a register holds'}")
+
+    def execute(self, issue: Issue) -> bool:
+        if self.function != "vprintf":
+            issue.fault(Trap, "an assert of the kernel failed")
+        return True
+
+
+@register
 class GridDependency(Special):
-    """griddepcontrol: launches are emulated one after another, so nothing waits."""
+    """griddepcontrol: `wait` orders the launch before, `launch_dependents` nothing (order.py)."""
 
     names = ("griddepcontrol",)
 
     def __init__(self, instruction, operands):
         super().__init__(instruction, operands)
         operands.allow("wait", "launch_dependents")
+        self.waits = "wait" in instruction.mods
 
     def execute(self, issue: Issue) -> bool:
+        if self.waits:
+            issue.cluster.order.wait_for_launches(issue.warp)
         return True
 
 

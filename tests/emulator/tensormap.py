@@ -211,6 +211,10 @@ class DecodedMap:
         base = region.log() if log else region.bytes
         return self._window(base, self.address - region.base)
 
+    def view_of(self, region: Region, log: np.ndarray) -> np.ndarray:
+        """A log of the region's bytes, as the tensor."""
+        return self._window(log, self.address - region.base)
+
     def load(self, memory: Memory, coordinates: tuple[int, ...]) -> np.ndarray:
         """The bytes of a box, rows packed densely; zeros outside of the tensor."""
         out = np.zeros((*self.box[:0:-1], self.inner_bytes), np.uint8)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from . import alu
 from .clocks import EVERY_LANE
 from .errors import Divergence, ExitedCta, Misaligned, OutOfBounds, Unsupported
 from .machine import Cta, Warp
@@ -336,10 +337,14 @@ class Unit:
             for cta, offsets, here in self._owners(space, addresses):
                 shared = cta.shared
                 shared.bounds(offsets, nbytes)
+                bad = None
                 if shared.checked:
                     access = self._access(lanes, here, max(1, nbytes // shared.granule))
-                    shared.read(access, shared.granules(offsets, nbytes))
+                    bad = shared.read(access, shared.granules(offsets, nbytes))
                 part = _take(shared.views[itemsize], offsets // itemsize, vector)
+                if bad is not None and self.cluster.launch.perturbs:
+                    poison = np.full(itemsize, self.cluster.launch.poison, np.uint8)
+                    part[bad.reshape(len(offsets), -1).any(axis=1)] = poison.view(part.dtype)
                 if here is None:
                     return part
                 if out is None:
@@ -461,6 +466,9 @@ class Unit:
 
     def _check_global_read(self, region: Region, offsets, nbytes: int, lanes, strong):
         """Bytes that another cluster stored in this launch may not be there yet."""
+        if self.cluster.launch.logs_reads:
+            number = self.cluster.launch.number + 1
+            region.log_readers()[offsets[:, None] + np.arange(nbytes)] = number
         if region.writers is None or not self.cluster.check_races:
             return
         stamps = region.writers[offsets[:, None] + np.arange(nbytes)]
@@ -473,6 +481,10 @@ class Unit:
     def _log_global_store(self, region: Region, columns, lanes, strong):
         """Marks bytes [lanes, bytes of each] as stored by their warps."""
         log, order = region.log(), self.cluster.order
+        if region.readers is not None:
+            for warp, row, here in self._by_row(lanes, np.ones(len(columns), bool)):
+                readers = region.readers[columns[here]]
+                self.cluster.launch.check_overlap(warp, row, region, readers)
         previous = log[columns]
         if previous.any():
             other = order.of_others(self.cluster, self.cta.rank, previous)
@@ -626,6 +638,46 @@ class Unit:
             for tile, target in zip(tiles, targets, strict=True):
                 packed = np.ascontiguousarray(tile).view(u32).reshape(32)
                 target[32 * i : 32 * i + 32] = packed
+
+    def move_matrix(self, target, source, mask):
+        """movmatrix.trans: thread t holds row t/4, columns 2*(t%4) and the next."""
+        self._whole_warps(mask, "movmatrix")
+        for i, warp in enumerate(self.warps):
+            warp.meet()
+            rows = slice(32 * i, 32 * i + 32)
+            tile = np.ascontiguousarray(self._wide(source)[rows]).view(np.uint16).reshape(8, 8)
+            target[rows] = np.ascontiguousarray(tile.T).view(u32).reshape(32)
+
+    def multiply_fragments(self, kind, d, a, b, c, mask):
+        """mma.sync m16n8k8 and m16n8k16: each warp multiplies what its registers hold.
+
+        PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type": register r of A in
+        thread t holds row t/4 + 8*(r%2), columns 8*(r/2) + 2*(t%4) and the next; of B column t/4,
+        rows 8*r + 2*(t%4) and the next; of C and D as of A, an element a register.
+        """
+        if mask is not None and not np.any(mask):
+            return
+        self._whole_warps(mask, "mma.sync")
+        wide = alu.from_bf16 if kind == "bf16" else alu.from_f16
+        for i, warp in enumerate(self.warps):
+            warp.meet()
+            rows = slice(32 * i, 32 * i + 32)
+
+            def halves(registers, rows=rows):
+                held = np.stack([self._wide(r)[rows] for r in registers])
+                values = wide(np.ascontiguousarray(held).view(np.uint16)).astype(np.float64)
+                return values.reshape(len(registers), 8, 4, 2)  # register, t / 4, t % 4, element
+
+            left = halves(a).reshape(-1, 2, 8, 4, 2).transpose(1, 2, 0, 3, 4).reshape(16, -1)
+            right = halves(b).transpose(0, 2, 3, 1).reshape(-1, 8)
+            old = np.stack([self._wide(r)[rows] for r in c]).reshape(2, 2, 8, 4)
+            old = old.transpose(0, 2, 3, 1).reshape(16, 8)
+            new = (left @ right + old).astype(np.float32).reshape(2, 8, 4, 2)
+            new[np.isnan(new)] = alu.CANONICAL_NAN
+            for register, values in zip(d, new.transpose(0, 3, 1, 2).reshape(4, 32), strict=True):
+                register[rows] = values
+            self.cluster.report.mma += 1
+            self.cluster.report.products += 16 * 8 * left.shape[1]
 
 
 def _at(lanes, here):

@@ -89,6 +89,8 @@ class Multiply:
         self.instruction, self.a, self.b, self.accumulate = instruction, a, b, accumulate
         self.issued: dict[int, int] = {}  # warp number: its commit group
         self.waiters: list[Warp] = []
+        # The chunks of A and B whose reads are at fault, for a second run (launch.py).
+        self.suspect: dict[str, np.ndarray] = {}
         # What all four warps have seen at their issue.
         self.seen: np.ndarray | None = None
         self.proxied: np.ndarray | None = None
@@ -235,6 +237,8 @@ class MultiplyInstruction(Special):
         self.fp8 = self.a_type in _FP8
         if self.fp8:
             known = self.b_type in _FP8 and self.k == 32 and self.d_type in ("f32", "f16")
+        elif self.a_type == "tf32":
+            known = self.b_type == "tf32" and self.k == 8 and self.d_type == "f32"
         else:
             results = {"f16": ("f32", "f16"), "bf16": ("f32",)}.get(self.a_type, ())
             known = self.a_type == self.b_type and self.k == 16 and self.d_type in results
@@ -259,8 +263,8 @@ class MultiplyInstruction(Special):
         immediates = [int(t) for t in instruction.operands[4:]]
         self.sign = immediates[0] * immediates[1]
         transposes = immediates[2:]
-        if self.fp8 and transposes:
-            raise DescriptorError("FP8 operands cannot be transposed")
+        if (self.fp8 or self.a_type == "tf32") and transposes:
+            raise DescriptorError("only 16-bit operands can be transposed")
         self.a_transposed = self.b_transposed = False
         if transposes:
             self.b_transposed = bool(transposes[-1])
@@ -348,9 +352,11 @@ class MultiplyInstruction(Special):
                 )
             who = f"{issue.warp.name} and its warpgroup"
             what = f"operand {name} of wgmma"
-            shared.async_read(
+            bad = shared.async_read(
                 who, entry.seen, entry.proxied, granules, warpgroup.agent, group, what
             )
+            if bad is not None and issue.cluster.launch.perturbs:
+                entry.suspect[name] = granules[bad] // (16 // shared.granule)
 
     # --- arithmetic ---
 
@@ -363,8 +369,10 @@ class MultiplyInstruction(Special):
         if entry.a is None:
             a = self._fragment(file[self.a_rows, threads])
         else:
-            a = self._operand(cta, entry.a, 64, self.a_transposed, self.a_type)
-        b = self._operand(cta, entry.b, self.n, self.b_transposed, self.b_type)
+            chunks = operand_chunks(entry.a, 64, self.a_transposed)
+            a = self._operand(cta, chunks, self.a_transposed, self.a_type, entry.suspect.get("A"))
+        chunks = operand_chunks(entry.b, self.n, self.b_transposed)
+        b = self._operand(cta, chunks, self.b_transposed, self.b_type, entry.suspect.get("B"))
         product = self.sign * (a @ b.T)
         hopper = self.fp8 and self.d_type == "f32" and tensor_core.in_use()
         # Element (row, column) is held by warp row/16, lane 4*(row%8) + column%8/2, register
@@ -387,6 +395,7 @@ class MultiplyInstruction(Special):
             rounded16 = np.ascontiguousarray(result.astype(np.float16))
             file[self.d_rows, threads] = rounded16.view(np.uint32).reshape(self.n // 4, 128)
         cta.cluster.report.wgmma += 1
+        cta.cluster.report.products += 64 * self.n * self.k
 
     def _as_hopper(self, a, b, registers, accumulate, exact):
         """The accumulator registers [n / 2, 128] after an FP8 product, rounded as the hardware does."""
@@ -405,14 +414,19 @@ class MultiplyInstruction(Special):
         """Bytes in their last axis to float64 values."""
         if kind in _FP8:
             return alu.FP8_VALUES[kind][raw]
+        if kind == "tf32":  # the low 13 bits do not count
+            words = np.ascontiguousarray(raw).view(np.uint32) & np.uint32(0xFFFFE000)
+            return words.view(np.float32).astype(np.float64)
         bits = np.ascontiguousarray(raw).view(np.uint16)
         wide = alu.from_bf16(bits) if kind == "bf16" else alu.from_f16(bits)
         return wide.astype(np.float64)
 
-    def _operand(self, cta, descriptor: int, rows: int, transposed: bool, kind: str) -> np.ndarray:
-        """An operand in shared memory as a matrix [rows, K]."""
-        chunks = operand_chunks(descriptor, rows, transposed)
-        raw = cta.shared.chunks[chunks].reshape(chunks.shape[0], -1)
+    def _operand(self, cta, chunks, transposed: bool, kind: str, suspect=None) -> np.ndarray:
+        """An operand in shared memory as a matrix [rows, K]; suspect chunks have no value."""
+        raw = cta.shared.chunks[chunks]
+        if suspect is not None:
+            raw[np.isin(chunks, suspect)] = cta.cluster.launch.poison
+        raw = raw.reshape(chunks.shape[0], -1)
         values = self._decode(raw, kind)
         return values.T if transposed else values
 

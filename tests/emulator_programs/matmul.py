@@ -10,7 +10,7 @@ from .program import Program, kernel, read_only, same_bits
 
 _TYPES = {
     "e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2,
-    "f16": np.float16, "bf16": ml_dtypes.bfloat16,
+    "f16": np.float16, "bf16": ml_dtypes.bfloat16, "tf32": np.float32,
 }  # fmt: skip
 _MODULE = ".extern .shared .align 1024 .b8 memory[];\n"
 # Width of a swizzle atom in bytes, and the layout number of the descriptor.
@@ -128,10 +128,10 @@ def _multiply(
     accumulate: bool = True,
     seeds: tuple[int, ...] = (0,),
 ) -> Program:
-    k = 32 if a_type.startswith("e") else 16
+    k = 32 if a_type.startswith("e") else 8 if a_type == "tf32" else 16
     # The atom is as wide as the swizzle: K covers a whole atom, of which one step is used.
     atom = max(_LAYOUTS[swizzle][0], 32)
-    whole = atom // (1 if k == 32 else 2)
+    whole = atom * k // 32
     rng = np.random.default_rng(n)
     a = rng.standard_normal((64, whole)).astype(_TYPES[a_type])
     b = rng.standard_normal((n, whole)).astype(_TYPES[b_type])
@@ -149,7 +149,7 @@ def _multiply(
         registers=registers,
         flags=f"{'%p1' if accumulate else '0'}, {signs[0]}, {signs[1]}{transposes}",
     )
-    exact = a[:, :k].astype(np.float64) @ b[:, :k].astype(np.float64).T * signs[0] * signs[1]
+    exact = _exact(a[:, :k], a_type) @ _exact(b[:, :k], b_type).T * signs[0] * signs[1]
     want = (exact + (d.astype(np.float64) if accumulate else 0)).astype(d.dtype)
 
     def check(_, got, __):
@@ -173,6 +173,13 @@ def _multiply(
         dynamic_smem=memory.size,
         seeds=seeds,
     )
+
+
+def _exact(matrix: np.ndarray, kind: str) -> np.ndarray:
+    """The values that count: of TF32 the first ten bits of the fraction."""
+    if kind == "tf32":
+        matrix = (np.ascontiguousarray(matrix).view(np.uint32) >> 13 << 13).view(np.float32)
+    return matrix.astype(np.float64)
 
 
 def _places(n: int):
@@ -236,4 +243,69 @@ def programs() -> list[Program]:
                 )
             )
     add(_multiply(16, "f16", "f16", "f16"))
+    for swizzle in (0, 32, 128):
+        add(_multiply(24, "f32", "tf32", "tf32", swizzle=swizzle))
+    add(_multiply(16, "f32", "tf32", "tf32", registers=True))
+    for kind in ("bf16", "f16"):
+        for k in (8, 16):
+            add(_warp_multiply(kind, k))
     return out
+
+
+def _warp_multiply(kind: str, k: int) -> Program:
+    """mma.sync.m16n8k{8,16}: A, B and C in the registers of a warp, by the figures of the PTX ISA."""
+    rng = np.random.default_rng(k)
+    a = rng.standard_normal((16, k)).astype(_TYPES[kind])
+    b = rng.standard_normal((k, 8)).astype(_TYPES[kind])
+    c = rng.standard_normal((16, 8)).astype(np.float32)
+    count = k // 4
+    a_held = np.zeros((32, count, 2), a.dtype)
+    b_held = np.zeros((32, count // 2, 2), b.dtype)
+    c_held = np.zeros((32, 4), np.float32)
+    places = np.zeros((32, 4, 2), int)
+    for lane in range(32):
+        group, inner = lane // 4, lane % 4
+        for register in range(count):
+            for element in range(2):
+                column = 8 * (register // 2) + 2 * inner + element
+                a_held[lane, register, element] = a[group + 8 * (register % 2), column]
+                if register < count // 2:
+                    b_held[lane, register, element] = b[8 * register + 2 * inner + element, group]
+        for element in range(4):
+            places[lane, element] = group + 8 * (element // 2), 2 * inner + element % 2
+            c_held[lane, element] = c[tuple(places[lane, element])]
+    left = [f"%r{i}" for i in range(count)]
+    right = [f"%r{10 + i}" for i in range(count // 2)]
+    text = kernel(
+        "u64 u64 u64",
+        f"""
+    mov.u32 %r100, %tid.x;
+    ld.param.u64 %d1, [p0];
+    ld.param.u64 %d2, [p1];
+    ld.param.u64 %d3, [p2];
+    mad.wide.u32 %d4, %r100, {4 * count}, %d1;
+    mad.wide.u32 %d5, %r100, {2 * count}, %d2;
+    mad.wide.u32 %d6, %r100, 16, %d3;
+"""
+        + "".join(f"    ld.global.u32 {r}, [%d4+{4 * i}];\n" for i, r in enumerate(left))
+        + "".join(f"    ld.global.u32 {r}, [%d5+{4 * i}];\n" for i, r in enumerate(right))
+        + "".join(f"    ld.global.f32 %f{i}, [%d6+{4 * i}];\n" for i in range(4))
+        + f"    mma.sync.aligned.m16n8k{k}.row.col.f32.{kind}.{kind}.f32 {{%f4, %f5, %f6, %f7}}, "
+        f"{{{', '.join(left)}}}, {{{', '.join(right)}}}, {{%f0, %f1, %f2, %f3}};\n"
+        + "".join(f"    st.global.f32 [%d6+{4 * i}], %f{4 + i};\n" for i in range(4)),
+    )
+    want = (a.astype(np.float64) @ b.astype(np.float64) + c).astype(np.float32)
+
+    def check(_, __, got):
+        same_bits(got, want[places[..., 0], places[..., 1]])
+
+    return Program(
+        f"mma.sync m16n8k{k} of {kind}",
+        text,
+        lambda: [
+            read_only(a_held.view(np.uint32)),
+            read_only(b_held.view(np.uint32)),
+            c_held.copy(),
+        ],
+        check,
+    )

@@ -312,6 +312,34 @@ def _matrices(add):
         for transposed in ("", ".trans"):
             for store in (True, False):
                 add(_matrix_program(count, transposed, store))
+    add(
+        per_thread(
+            "movmatrix",
+            "    movmatrix.sync.aligned.m8n8.trans.b16 %r0, %r1;",
+            lambda x: (
+                np.ascontiguousarray(x.view(np.uint16).reshape(8, 8).T)
+                .view(np.uint32)[:, :4]
+                .reshape(32)
+            ),
+        )
+    )
+    add(
+        per_thread(
+            "call.uni of an assert that holds",
+            """    setp.ne.u32 %p1, %r1, %r1;
+    @!%p1 bra HOLDS;
+    { .param .b64 param0; .param .b32 param1; .param .b32 retval0;
+    st.param.b64 [param0+0], %d1;
+    st.param.b32 [param1], 5;
+    call.uni __assertfail, (param0, param1);
+    call.uni (retval0), vprintf, (param0, param1);
+    ld.param.b32 %r2, [retval0+0];
+    }
+HOLDS:
+    mov.b32 %r0, %r1;""",
+            lambda x: x,
+        )
+    )
 
 
 def _matrix_program(count: int, transposed: str, store: bool) -> Program:

@@ -51,8 +51,11 @@ def _ld(o: Operands) -> list[str]:
     kind, space, vector = o.instruction.mods[-1], _space(o), _vector(o)
     need(o, kind, "u8", "s8", "b8", "b16", "b32", "b64", "f32", "f64", *INTEGERS)
     o.allow(*_SPACES, *_ORDERS, *_CACHES, "v2", "v4", kind)
-    address, offset = o.address(1)
     targets = o.parts(0)
+    if space == "param" and o.is_result_of_a_call(1):
+        zero = o.program.constant(np.array([0], np.uint32))
+        return [f"copyto({o.dst_wide(t)}, {zero}, casting='unsafe'$W)" for t in targets]
+    address, offset = o.address(1)
     if len(targets) != vector:
         raise PtxSyntaxError("the vector has not the length of the opcode")
     _note_width(o, space, BYTES[kind] * vector)
@@ -68,8 +71,11 @@ def _st(o: Operands) -> list[str]:
     kind, space, vector = o.instruction.mods[-1], _space(o), _vector(o)
     need(o, kind, "u8", "s8", "b8", "b16", "b32", "b64", "f32", "f64", *INTEGERS)
     o.allow(*_SPACES, *_ORDERS, *_CACHES, "v2", "v4", kind)
-    if space in ("param",):
-        raise UnknownInstruction("st.param")
+    if space == "param":
+        # An argument of a call (special.py): it is read, and nothing looks at it.
+        for source in o.parts(1):
+            o.src(source, kind)
+        return []
     address, offset = o.address(0)
     sources = o.parts(1)
     if len(sources) != vector:

@@ -106,6 +106,12 @@ class Operands:
             return f"V[{program.slot('%symbol:' + base, width)}]", offset
         return self.src(base, "u64"), offset
 
+    def is_result_of_a_call(self, operand: int | str) -> bool:
+        """Does an address name a `.param` variable of the body, and not of the kernel?"""
+        base = re.split(r"[+\s]", self.text(operand).strip("[] "))[0]
+        known = self.program.parameters, self.program.variables, self.program.kernel.registers
+        return not any(base in names for names in known) and not base[:1].isdigit()
+
     # Destinations
 
     def dst(self, operand: int | str, kind: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ..errors import UnknownInstruction
+import re
+
+from ..errors import PtxSyntaxError, UnknownInstruction
 from .operands import Operands, emits, need
 
 
@@ -47,6 +49,32 @@ def _match(o: Operands) -> list[str]:
 def _activemask(o: Operands) -> list[str]:
     o.allow("b32")
     return [f"X.activemask({o.dst(0, 'u32')}, $M)"]
+
+
+@emits("movmatrix")
+def _movmatrix(o: Operands) -> list[str]:
+    """movmatrix: an 8x8 matrix of 16-bit elements, transposed from register to register."""
+    if o.instruction.opcode != "movmatrix.sync.aligned.m8n8.trans.b16":
+        raise UnknownInstruction(f"{o.instruction.opcode} is not known")
+    return [f"X.move_matrix({o.dst(0, 'u32')}, {o.src(1, 'u32')}, $M)"]
+
+
+@emits("mma")
+def _mma(o: Operands) -> list[str]:
+    """mma.sync.m16n8k{8,16} of bfloat16 or float16 into float32."""
+    match = re.fullmatch(
+        r"mma\.sync\.aligned\.m16n8k(8|16)\.row\.col\.f32\.(bf16|f16)\.\2\.f32",
+        o.instruction.opcode,
+    )
+    if not match:
+        raise UnknownInstruction(f"{o.instruction.opcode} is not known")
+    count = int(match[1]) // 4
+    if [len(o.parts(i)) for i in range(4)] != [4, count, count // 2, 4]:
+        raise PtxSyntaxError("the operands have not the lengths of the opcode")
+    lists = [f"({''.join(o.src(p, 'u32') + ', ' for p in o.parts(i))})" for i in (1, 2)]
+    c = "".join(o.src(p, "f32") + ", " for p in o.parts(3))
+    d = "".join(o.dst(p, "f32") + ", " for p in o.parts(0))
+    return [f'X.multiply_fragments("{match[2]}", ({d}), {lists[0]}, {lists[1]}, ({c}), $M)']
 
 
 @emits("redux")

@@ -236,6 +236,7 @@ def test_blocks_of_mixtures_are_measured_side_by_side(tmp_path):
     assert row["ms"] > 0 and row["products_ms"] is None  # no kernel ran
 
 
+@pytest.mark.full
 def test_every_side_of_a_mixture_computes_the_same():
     block = next(iter(moe.TINY.values()))
     arrays = moe.operands(block)

@@ -222,7 +222,9 @@ def test_linear_trains(recipe, seeds):
     assert_products_agree(cases.train_linear((130, 200, 136), recipe), seeds=seeds)
 
 
-@pytest.mark.parametrize("groups, seeds", under_schedules(["fewer than M", "unequal"], (0, 1)))
+@pytest.mark.parametrize(
+    "groups, seeds", under_schedules(["negative", "fewer than M", "unequal"], (0, 1))
+)
 @pytest.mark.representatives()
 def test_ragged_dot_trains(groups, seeds):
     assert_products_agree(cases.train_ragged_dot(groups), seeds=seeds)

@@ -253,6 +253,7 @@ def test_vmap_over_tokens_is_one_mixture_of_all_of_them():
     assert has_loop(program) == has_loop(plain)
 
 
+@pytest.mark.full
 def test_vmap_over_weights_is_a_mixture_for_each():
     w_up, w_down = np.stack([SMALL.w_up, -SMALL.w_up]), np.stack([SMALL.w_down, 2 * SMALL.w_down])
     quantized = jaxfp8.prequantize(w_up.reshape(2, 4, 128, 256)), jaxfp8.prequantize(w_down)
@@ -356,6 +357,7 @@ def test_on_a_mesh_without_shard_map_the_values_are_those_of_one_device(kind):
     assert_close(got, small(), 1e-6)
 
 
+@pytest.mark.full
 def test_exported_programs_give_the_same_bits():
     """A training step, and of one for GPUs, that it calls kernels and holds no product of XLA's."""
 

@@ -196,6 +196,8 @@ void install_driver(const std::map<std::string, uintptr_t>& entry_points, uintpt
 
 NB_MODULE(_C, m) {
   using namespace jaxfp8;
+  // A plan that a cache still holds when the interpreter ends is no leak.
+  nb::set_leak_warnings(false);
   m.def("build_info", &build_info);
   m.def(
       "set_image_directory",

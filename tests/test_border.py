@@ -376,6 +376,7 @@ def test_a_fork_after_import_is_safe():
     assert run_python(code).stdout.split() == ["done"]
 
 
+@pytest.mark.full
 def test_a_child_forked_during_a_first_load_loads_for_itself():
     """What the parent's other thread was loading at the fork would never be loaded in the child."""
     code = """

@@ -243,6 +243,7 @@ def test_a_compiled_program_is_serialized_and_loaded():
 
 
 @needs_kernels
+@pytest.mark.full
 def test_a_program_of_custom_calls_compiled_ahead_runs_in_its_process():
     arguments = step_arguments()
     want = now(step, *arguments)

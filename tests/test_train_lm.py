@@ -301,8 +301,7 @@ def test_a_train_step_for_cuda_has_these_kernels_and_no_other_product_of_a_layer
     assert products == kept
 
 
-@pytest.mark.parametrize("kind", STEP_CALLS)
-@pytest.mark.representatives()
+@pytest.mark.parametrize("kind", ["dense", pytest.param("moe", marks=pytest.mark.full)])
 def test_the_fused_swiglu_trains_as_the_explicit_operations(kind):
     key = jax.random.split(jax.random.key(0), 4)
     groups = (3,) if kind == "moe" else ()

@@ -129,6 +129,7 @@ def test_a_token_without_a_place_is_nan_and_has_no_gradient():
     assert not (dx[72:].any() or dgate[72:].any() or dw_down[3].any())
 
 
+@pytest.mark.full
 def test_more_rows_than_there_are_choices_change_nothing():
     assert_same_bits(run(SMALL, max_rows=500), small())
 

@@ -311,10 +311,10 @@ def test_products_of_a_program_are_those_of_its_custom_calls():
 # ---- On the emulated platform
 
 
+@pytest.mark.full
 @pytest.mark.emulated
 @kernels
 @pytest.mark.parametrize("square", [True, False], ids=["128x128", "1x128"])
-@pytest.mark.representatives()
 def test_every_config_gives_the_same_bits(square):
     """Blocks are added in order whatever the tile."""
     lhs, rhs = operands(square=square)

@@ -15,8 +15,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from ._arrays.quantized_array import QuantizedArray
 from ._arrays.recipe import Recipe
 from .ops.dot_general import dot_general
+from .ops.prequantize import frozen_operand
 
 __all__ = ["Linear", "convert"]
 
@@ -27,7 +29,7 @@ class Linear(eqx.nn.Linear):
     """`eqx.nn.Linear` whose product, forward and backward, is in FP8: weight `(out, in)`, input `(in,)`.
 
     It has the leaves of an `eqx.nn.Linear`, in the same order, so checkpoints written with `eqx.tree_serialise_leaves`
-    fit either.
+    fit either. The weight may be a `QuantizedArray` in 128x128 blocks: FP8 alone, for which no gradient is made.
 
     **Arguments:** those of `eqx.nn.Linear`, and
 
@@ -79,6 +81,7 @@ def convert(
     where: Callable[[str, eqx.nn.Linear], bool] | None = None,
     *,
     recipe: Recipe | None = None,
+    frozen: bool = False,
 ) -> T:
     """The model with its `eqx.nn.Linear` layers in FP8; `eqx.nn.MLP` and `eqx.nn.MultiheadAttention` are made of them.
 
@@ -89,9 +92,11 @@ def convert(
       path is the attributes and indices from the model to the layer: `"layers.0.attention.query_proj"`. None takes
       all. Subclasses of `eqx.nn.Linear` are left alone: what they compute is theirs.
     - `recipe`: a `jaxfp8.Recipe`; None is the one in force when the model is called.
+    - `frozen`: quantizes the weights here, by the recipe or the one in force, and keeps nothing else of them: a
+      `QuantizedArray` of one byte a parameter, for which no gradient is made.
 
-    **Returns:** a new model with the same leaves. Make the optimizer's state from it: the layers' type is part of the
-    tree's structure.
+    **Returns:** a new model with the same leaves, or with FP8 ones for frozen weights. Make the optimizer's state from
+    it: the layers' type is part of the tree's structure.
 
     **Raises:** ValueError if no layer is chosen.
     """
@@ -110,6 +115,8 @@ def convert(
         for field in ("weight", "bias", "in_features", "out_features", "use_bias"):
             object.__setattr__(new, field, getattr(node, field))
         object.__setattr__(new, "recipe", recipe)
+        if frozen and not isinstance(node.weight, QuantizedArray):
+            object.__setattr__(new, "weight", frozen_operand(node.weight, recipe))
         return new
 
     converted = jax.tree_util.tree_map_with_path(swap, model, is_leaf=_is_linear)

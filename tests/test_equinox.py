@@ -5,6 +5,7 @@ import io
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jaxfp8
@@ -152,3 +153,23 @@ def test_models_with_equal_recipes_compile_once():
     for recipe in (POW2, jaxfp8.Recipe(scale_format="pow2")):
         run(jaxfp8.equinox.convert(mlp(), recipe=recipe), normal(0, 8, 128))
     assert len(traces) == 1
+
+
+def test_frozen_weights_take_one_byte_and_the_input_has_its_gradient():
+    model = eqx.nn.MLP(256, 128, 256, 2, key=jax.random.key(0))
+    frozen = jaxfp8.equinox.convert(model, frozen=True)
+    layers = frozen.layers
+    assert all(isinstance(layer.weight, jaxfp8.QuantizedArray) for layer in layers)
+    assert all(
+        f.weight.nbytes <= 1.03 * w.weight.size for f, w in zip(layers, model.layers, strict=True)
+    )
+    x = jax.random.normal(jax.random.key(1), (64, 256))
+
+    def loss(x, model):
+        return jnp.sum(jax.vmap(model)(x) ** 2)
+
+    wide = jaxfp8.equinox.convert(model)
+    got, want = (eqx.filter_jit(jax.value_and_grad(loss))(x, m) for m in (frozen, wide))
+    np.testing.assert_array_equal(got[0], want[0])
+    np.testing.assert_array_equal(got[1], want[1])
+    assert jaxfp8.equinox.convert(frozen, frozen=True).layers[0].weight is layers[0].weight

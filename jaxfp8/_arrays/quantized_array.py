@@ -107,6 +107,11 @@ def quantized(function: str, name: str, q: Any, shape: str, blocks) -> Quantized
     return QuantizedArray(data, scale, q.block)
 
 
+def transpose_blocks(q: QuantizedArray) -> QuantizedArray:
+    """An array in 128x128 blocks with its last two axes swapped."""
+    return QuantizedArray(jnp.swapaxes(q.data, -1, -2), jnp.swapaxes(q.scale, -1, -2), q.block)
+
+
 def dequantize(q: QuantizedArray, dtype: Any = jnp.float32) -> jax.Array:
     """`data * scale`: computed in float32, then rounded to `dtype`.
 

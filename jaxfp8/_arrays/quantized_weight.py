@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from . import checks
 from .blocks import BLOCK
 from .quantized_array import QuantizedArray, quantized
 
@@ -22,11 +24,14 @@ class QuantizedWeight:
     layers pass through `scan`, `vmap` and sharding. The FP8 data is held as uint8 bit patterns: they pass through
     remat unharmed and every collective moves one byte an element.
 
+    Without value and second orientation it is a frozen weight of one byte a parameter: no gradient is made for it, and
+    that of the activations makes the second orientation on the fly.
+
     **Arguments:**
 
-    - `value`: float32, bfloat16 or float16 `(..., K, N)`.
+    - `value`: float32, bfloat16 or float16 `(..., K, N)`; None of a frozen weight.
     - `bits_nt`: uint8 `(..., N, K)`, the FP8 data of the forward product's operand.
-    - `bits_nn`: uint8 `(..., K, N)`, that of the input gradient's.
+    - `bits_nn`: uint8 `(..., K, N)`, that of the input gradient's; None of a frozen weight.
     - `scale`: float32 `(..., ceil(K/128), ceil(N/128))`, of both.
     - `fp8_dtype`: the FP8 type of the bits.
     """
@@ -44,16 +49,19 @@ class QuantizedWeight:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the value, `(..., K, N)`."""
+        if self.value is None:
+            *lead, n, k = self.bits_nt.shape
+            return (*lead, k, n)
         return self.value.shape
 
     @property
     def ndim(self) -> int:
-        return self.value.ndim
+        return len(self.shape)
 
     @property
     def dtype(self) -> Any:
-        """Dtype of the value, and so of the gradient."""
-        return self.value.dtype
+        """Dtype of the value, and so of the gradient; of a frozen weight, its FP8 type."""
+        return self.fp8_dtype if self.value is None else self.value.dtype
 
     @property
     def nt(self) -> QuantizedArray:
@@ -64,7 +72,8 @@ class QuantizedWeight:
     @property
     def nn(self) -> QuantizedArray:
         """The operand of the input gradient's product: `(..., K, N)` in 128x128 blocks."""
-        data = lax.bitcast_convert_type(self.bits_nn, self.fp8_dtype)
+        bits = jnp.swapaxes(self.bits_nt, -1, -2) if self.bits_nn is None else self.bits_nn
+        data = lax.bitcast_convert_type(bits, self.fp8_dtype)
         return QuantizedArray(data, self.scale, (BLOCK, BLOCK))
 
     def with_value(self, value: Any) -> QuantizedWeight:
@@ -72,8 +81,10 @@ class QuantizedWeight:
 
         For `jax.grad` of a function of the weights that are quantized outside of it.
 
-        **Raises:** ValueError or TypeError if its shape or dtype is another.
+        **Raises:** ValueError or TypeError if its shape or dtype is another, or if this weight is frozen.
         """
+        if self.value is None:
+            raise ValueError("with_value: the weight is frozen; allowed: one that has a value")
         if value.shape != self.shape:
             raise ValueError(f"with_value: value has shape {value.shape}; allowed: {self.shape}")
         if value.dtype != self.dtype:
@@ -84,8 +95,10 @@ class QuantizedWeight:
         return dataclasses.replace(self, value=value)
 
     def __repr__(self) -> str:
-        dims = ",".join(map(str, getattr(self.value, "shape", "?")))
-        return f"QuantizedWeight([{dims}], {jnp.dtype(self.fp8_dtype).name})"
+        shown = self if self.value is None and hasattr(self.bits_nt, "shape") else self.value
+        dims = ",".join(map(str, getattr(shown, "shape", "?")))
+        frozen = ", frozen" if self.value is None else ""
+        return f"QuantizedWeight([{dims}], {jnp.dtype(self.fp8_dtype).name}{frozen})"
 
 
 class WeightCopies(NamedTuple):
@@ -95,6 +108,28 @@ class WeightCopies(NamedTuple):
     nt_scale: Any
     nn: Any
     nn_scale: Any
+
+
+def frozen_weight(function: str, name: str, w: Any, shape: str) -> QuantizedArray | None:
+    """The forward product's operand of a weight that is FP8 alone, of the rank of `shape`; None of any other.
+
+    **Arguments:**
+
+    - `w`: a QuantizedArray, the operand itself, or a QuantizedWeight without value; or another weight.
+    - `shape`: such as "(N, K)".
+    """
+    if isinstance(w, QuantizedWeight) and w.value is None:
+        if w.bits_nn is not None:
+            raise ValueError(
+                f"{function}: {name} has bits_nn but no value; allowed: a QuantizedWeight with both, or neither"
+            )
+        for field, axes in (("bits_nt", "(..., N, K)"), ("scale", "(..., K, N)")):
+            dtype = np.uint8 if field == "bits_nt" else np.float32
+            checks.array(function, f"{name}.{field}", getattr(w, field), axes, (np.dtype(dtype),))
+        w = w.nt
+    if not isinstance(w, QuantizedArray):
+        return None
+    return quantized(function, name, w, shape, ((BLOCK, BLOCK),))
 
 
 def parts(function: str, name: str, w: Any) -> WeightCopies | tuple[()]:

@@ -10,9 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from .._arrays import checks
+from .._arrays.quantized_array import transpose_blocks
+from .._arrays.quantized_weight import QuantizedWeight, frozen_weight
 from .._arrays.recipe import Recipe, current_recipe
 from ._arguments import check_precision, out_spec, result_dtype
 from ._dot import dot
+from ._frozen import frozen_dot
 
 
 def _axes(function, name, axes, rank) -> tuple[int, ...]:
@@ -82,11 +85,13 @@ def dot_general(
 
     - `lhs`: the activation: float32, bfloat16 or float16, quantized in 1x128 blocks along its contracting axes, which
       are flattened in the order given.
-    - `rhs`: the weight: likewise, in 128x128 blocks of its flattened contracting and free axes.
+    - `rhs`: the weight: likewise, in 128x128 blocks of its flattened contracting and free axes. Or FP8 alone, for which
+      no gradient is made: a `QuantizedArray` in 128x128 blocks or a `QuantizedWeight` without value, whose last two
+      axes are one contracting and one free axis, in either order, and its others the batch axes, in order.
     - `dimension_numbers`: `((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch))`; at least one axis is
       contracted.
     - `precision`: None or DEFAULT. More is refused: an FP8 product has no higher precision.
-    - `preferred_element_type`: dtype of the result; None is what lhs and rhs promote to.
+    - `preferred_element_type`: dtype of the result; None is what lhs and rhs promote to; lhs's if rhs is FP8 alone.
     - `out_sharding`: a PartitionSpec or NamedSharding of the result, on meshes with explicit axes.
     - `recipe`: a `jaxfp8.Recipe`; None is the one in force.
 
@@ -97,14 +102,20 @@ def dot_general(
     function = "dot_general"
     recipe = current_recipe(function, recipe)
     lhs = checks.array(function, "lhs", lhs, "(...)")
-    rhs = checks.array(function, "rhs", rhs, "(...)")
+    frozen = frozen_weight(function, "rhs", rhs, "(..., N, K)")
+    if frozen is None:
+        rhs = checks.array(function, "rhs", rhs, "(...)")
     check_precision(function, precision)
-    out_dtype = result_dtype(function, preferred_element_type, jnp.result_type(lhs, rhs))
+    made = jnp.result_type(lhs, rhs) if frozen is None else lhs.dtype
+    out_dtype = result_dtype(function, preferred_element_type, made)
     left, right, left_batch, right_batch = _dimension_numbers(function, dimension_numbers, lhs, rhs)
     rows = [a for a in range(lhs.ndim) if a not in left + left_batch]
     columns = [a for a in range(rhs.ndim) if a not in right + right_batch]
     rank = len(left_batch) + len(rows) + len(columns)
     spec = out_spec(function, out_sharding, rank)
+    if frozen is not None:
+        _check_frozen(function, rhs, right, right_batch)
+        as_it_lies = (right[0] == rhs.ndim - 1) != isinstance(rhs, QuantizedWeight)
 
     with jax.named_scope("jaxfp8.dot_general"):
         batch_sizes = tuple(lhs.shape[a] for a in left_batch)
@@ -112,26 +123,34 @@ def dot_general(
         column_sizes = tuple(rhs.shape[a] for a in columns)
         k = math.prod(lhs.shape[a] for a in left)
         x = _transpose(lhs, [*left_batch, *rows, *left])
-        w = _transpose(rhs, [*right_batch, *right, *columns])
         x = _reshape(x, (*batch_sizes, *(row_sizes or (1,)), k))
-        w = _reshape(w, (*batch_sizes, k, math.prod(column_sizes)))
         batch = tuple(f"b{i}" for i in range(len(batch_sizes)))
         tokens = tuple(f"m{i}" for i in range(len(row_sizes) or 1))
         merged = spec is not None and not (row_sizes and len(column_sizes) == 1)
-        y = dot(
-            x,
-            w,
-            (*batch, *tokens, "k"),
-            (*batch, "k", "n"),
-            (*batch, *tokens, "n"),
-            recipe=recipe,
-            out_dtype=out_dtype,
-            out_spec=None if merged else spec,
-        )
+        dims, out = (*batch, *tokens, "k"), (*batch, *tokens, "n")
+        out_spec_ = None if merged else spec
+        options: dict[str, Any] = {"recipe": recipe, "out_dtype": out_dtype, "out_spec": out_spec_}
+        if frozen is None:
+            w = _transpose(rhs, [*right_batch, *right, *columns])
+            w = _reshape(w, (*batch_sizes, k, math.prod(column_sizes)))
+            y = dot(x, w, dims, (*batch, "k", "n"), out, **options)
+        else:
+            w = frozen if as_it_lies else transpose_blocks(frozen)
+            y = frozen_dot(x, w, dims, (*batch, "n", "k"), out, **options)
         y = _reshape(y, (*batch_sizes, *row_sizes, *column_sizes))
         if merged:
             y = jax.sharding.reshard(y, out_sharding)
         return y
+
+
+def _check_frozen(function, rhs, contracting, batch) -> None:
+    """The axes of a weight that is FP8 alone: its blocks lie on the last two, which cannot be merged with others."""
+    last = rhs.ndim - 2, rhs.ndim - 1
+    if batch != tuple(range(rhs.ndim - 2)) or len(contracting) != 1 or contracting[0] not in last:
+        raise ValueError(
+            f"{function}: rhs is FP8 alone, of shape {rhs.shape}, with contracting axes {contracting} and batch axes "
+            f"{batch}; allowed: one contracting axis, {last[0]} or {last[1]}, and batch axes {tuple(range(last[0]))}"
+        )
 
 
 def _transpose(x, order):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .._arrays import checks
+from .._arrays.quantized_weight import frozen_weight
 from .._arrays.recipe import Recipe, current_recipe
 from ._arguments import check_precision, out_spec
 from .dot_general import dot_general
@@ -82,7 +83,7 @@ def einsum(
     - `subscripts`: such as `"btd,dhk->bthk"`; ellipses and an implicit output are allowed. At least one label must be
       contracted. Labels of one operand alone that the output lacks are summed first, in the operand's dtype.
     - `lhs`: the activation, float32, bfloat16 or float16.
-    - `rhs`: the weight, likewise.
+    - `rhs`: the weight, likewise; or FP8 alone, as `jaxfp8.dot_general` takes it.
     - `precision`, `preferred_element_type`, `out_sharding`, `recipe`: as `jaxfp8.dot_general`.
 
     **Returns:** the array that the output labels describe.
@@ -92,13 +93,14 @@ def einsum(
     function = "einsum"
     recipe = current_recipe(function, recipe)
     lhs = checks.array(function, "lhs", lhs, "(...)")
-    rhs = checks.array(function, "rhs", rhs, "(...)")
+    frozen = frozen_weight(function, "rhs", rhs, "(..., N, K)") is not None
+    rhs = rhs if frozen else checks.array(function, "rhs", rhs, "(...)")
     check_precision(function, precision)
     left, right, output = _expand(function, subscripts, lhs, rhs)
     spec = out_spec(function, out_sharding, len(output))
 
     lhs, left = _reduce_alone(lhs, left, right + output)
-    rhs, right = _reduce_alone(rhs, right, left + output)
+    rhs, right = (_refuse_alone if frozen else _reduce_alone)(rhs, right, left + output)
     sizes: dict[str, int] = {}
     for name, term, x in (("lhs", left, lhs), ("rhs", right, rhs)):
         for label, size in zip(term, x.shape, strict=True):
@@ -135,6 +137,16 @@ def einsum(
         if spec is not None:
             y = jax.sharding.reshard(y, out_sharding)
     return y
+
+
+def _refuse_alone(x, term, others):
+    """A weight that is FP8 alone, no label of which can be summed first."""
+    if len(set(term)) != len(term) or not set(term) <= set(others):
+        raise ValueError(
+            f"einsum: subscripts sum over labels of rhs alone or repeat one in {term!r}; allowed of a weight that is "
+            "FP8 alone: each label once, in lhs or the output"
+        )
+    return x, term
 
 
 def _reduce_alone(x, term, others):

@@ -10,13 +10,14 @@ from jax import lax
 
 from .._arrays import checks
 from .._arrays.blocks import BLOCK
+from .._arrays.quantized_array import QuantizedArray
 from .._arrays.quantized_weight import QuantizedWeight
 from .._arrays.recipe import Recipe, current_recipe, forward_format
 from ..kernels.agreed import quantize_agreed
-from ..kernels.quantize import quantize_weight
+from ..kernels.quantize import quantize, quantize_weight
 
 
-def prequantize(w: Any, *, recipe: Recipe | None = None) -> QuantizedWeight:
+def prequantize(w: Any, *, recipe: Recipe | None = None, frozen: bool = False) -> QuantizedWeight:
     """Quantizes a weight once, for as many products as follow: microbatches, or the devices of an FSDP axis.
 
     `jaxfp8.linear`, `ragged_dot`, `mlp` and `ragged_mlp` take the result in place of the weight, with the same numbers.
@@ -26,6 +27,7 @@ def prequantize(w: Any, *, recipe: Recipe | None = None) -> QuantizedWeight:
 
     - `w`: float32, bfloat16 or float16 `(..., K, N)`: `(K, N)`, experts `(G, K, N)`, or layers stacked for `scan`.
     - `recipe`: a `jaxfp8.Recipe`, for the FP8 type and the scale format; None is the one in force.
+    - `frozen`: FP8 alone, in one orientation: one byte a parameter, and no gradient.
 
     **Returns:** a `QuantizedWeight`.
 
@@ -34,7 +36,14 @@ def prequantize(w: Any, *, recipe: Recipe | None = None) -> QuantizedWeight:
     w = checks.array("prequantize", "w", w, "(..., K, N)")
     nt, nn = quantize_weight(lax.stop_gradient(w), recipe=recipe)
     bits_nt, bits_nn = (lax.bitcast_convert_type(q.data, jnp.uint8) for q in (nt, nn))
+    if frozen:
+        return QuantizedWeight(None, bits_nt, None, lax.stop_gradient(nn.scale), nn.dtype)
     return QuantizedWeight(w, bits_nt, bits_nn, nn.scale, nn.dtype)
+
+
+def frozen_operand(w: Any, recipe: Recipe | None) -> QuantizedArray:
+    """A weight (N, K), as it lies, in FP8 alone."""
+    return quantize(lax.stop_gradient(w), (BLOCK, BLOCK), recipe=recipe)
 
 
 def all_gather_weight(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from .._arrays import checks
 from .._arrays.blocks import ROW, SQUARE
-from .._arrays.quantized_weight import WeightCopies, parts
+from .._arrays.quantized_weight import WeightCopies, frozen_weight, parts
 from .._arrays.recipe import (
     Recipe,
     current_recipe,
@@ -28,6 +28,7 @@ from ..kernels import quantize as qt
 from ..kernels.grouped_gemm import grouped_operation, grouped_product, grouped_wgrad_operation
 from ._arguments import check_precision, out_spec, result_dtype
 from ._dot import quantized_weight, sum_to, weight_dims
+from ._frozen import frozen_dot
 from ._residuals import load, save
 
 
@@ -116,10 +117,12 @@ def ragged_dot(
     **Arguments:**
 
     - `lhs`: tokens sorted by group: float32, bfloat16 or float16 `(M, K)`.
-    - `rhs`: a weight per group `(G, K, N)`, likewise, or a `QuantizedWeight` of them (see `jaxfp8.prequantize`).
+    - `rhs`: a weight per group `(G, K, N)`, likewise, or a `QuantizedWeight` of them (see `jaxfp8.prequantize`). Or
+      FP8 alone, for which no gradient is made: a `QuantizedArray` `(G, N, K)` in 128x128 blocks, or a `QuantizedWeight`
+      without value.
     - `group_sizes`: int32 `(G,)`, rows of each group. Negative counts as zero; groups are clipped to M.
     - `precision`: None or DEFAULT.
-    - `preferred_element_type`: dtype of the result; None is what lhs and rhs promote to.
+    - `preferred_element_type`: dtype of the result; None is what lhs and rhs promote to; lhs's if rhs is FP8 alone.
     - `group_offset`: must be None, as in `jax.lax.ragged_dot`.
     - `out_sharding`: a PartitionSpec or NamedSharding of the result, on meshes with explicit axes.
     - `recipe`: a `jaxfp8.Recipe`; None is the one in force.
@@ -132,19 +135,32 @@ def ragged_dot(
     function = "ragged_dot"
     recipe = current_recipe(function, recipe)
     lhs = checks.array(function, "lhs", lhs, "(M, K)")
-    quantized = parts(function, "rhs", rhs)
-    rhs = checks.array(function, "rhs", rhs.value if quantized else rhs, "(G, K, N)")
-    checks.same(function, "K", "lhs", lhs.shape[1], "rhs", rhs.shape[1])
-    sizes = checks.group_sizes(function, "group_sizes", group_sizes, rhs.shape[0])
+    frozen = frozen_weight(function, "rhs", rhs, "(G, N, K)")
+    quantized = () if frozen is not None else parts(function, "rhs", rhs)
+    if frozen is None:
+        rhs = checks.array(function, "rhs", rhs.value if quantized else rhs, "(G, K, N)")
+    k, groups = rhs.shape[1] if frozen is None else frozen.shape[2], rhs.shape[0]
+    checks.same(function, "K", "lhs", lhs.shape[1], "rhs", k)
+    sizes = checks.group_sizes(function, "group_sizes", group_sizes, groups)
     check_precision(function, precision)
     if group_offset is not None:
         raise NotImplementedError(f"{function}: group_offset is {group_offset!r}; allowed: None")
-    out_dtype = result_dtype(function, preferred_element_type, jnp.result_type(lhs, rhs))
+    made = jnp.result_type(lhs, rhs) if frozen is None else lhs.dtype
+    out_dtype = result_dtype(function, preferred_element_type, made)
     spec = out_spec(function, out_sharding, 2)
     attributes = (("out_dtype", out_dtype), ("recipe", recipe))
     w_dims = ("g", "k", "n")
     ins = (("m", "k"), w_dims, ("g",), *weight_dims(w_dims, quantized))
     call = Call(ins, (("m", "n"),), attributes)
     with jax.named_scope("jaxfp8.ragged_dot"):
-        (y,) = ragged_operation(lhs, rhs, sizes, *quantized, call=call)
+        if frozen is None:
+            (y,) = ragged_operation(lhs, rhs, sizes, *quantized, call=call)
+        else:
+            dims = ("m", "k"), ("g", "n", "k"), ("m", "n")
+            options: dict[str, Any] = {
+                "recipe": recipe,
+                "out_dtype": out_dtype,
+                "group_sizes": sizes,
+            }
+            y = frozen_dot(lhs, frozen, *dims, **options)
         return y if spec is None else jax.sharding.reshard(y, out_sharding)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tests import kernel_launch as launch
+from tests import oracle_quantize
 
 ROWS, COLUMNS, GROUPED = 144, 48, 100  # of which 100 rows are in the one group
 
@@ -27,7 +28,9 @@ class Moved(NamedTuple):
     shape: tuple[int, ...]
     least_read: int
     read: int
-    sizes_read: int  # of `read`: at most, group sizes
+    sizes_read: (
+        int  # of `read`: at most, group sizes; of mixtures, what says which row and its factor
+    )
     least_written: int
     written: int
 
@@ -83,6 +86,46 @@ def activation(kind: str, source: np.dtype) -> Moved:
     return _moved(*launch.activation_call(kind, x, dy, launch.E4M3, group_sizes=sizes), read)
 
 
+MIXTURES = (
+    *(f"gather_{kind}" for kind in launch.GATHERS),
+    "sum_rows",
+    "sum_weighted_rows",
+    *(f"activation_{kind}" for kind in launch.WEIGHTED_ACTIVATIONS),
+)
+CHOICES = 6
+
+
+@functools.cache
+def mixture(kind: str, source: np.dtype) -> Moved:
+    """One kernel of a mixture, of rows in `source`; a gather takes each row once, in another order.
+
+    Every lane of a row reads its index, weight and scale, from the same words: they are not of the least.
+    """
+    rng = np.random.default_rng(11)
+    x, weight = launch.matrices(11, (ROWS, COLUMNS), source), launch.row_weights(11, ROWS)
+    order = rng.permutation(ROWS).astype(np.int32)
+    sizes = {"group_sizes": [GROUPED]} if kind.endswith("both") else {}
+    if kind.startswith("gather"):
+        if not kind.startswith("gather_quantize"):
+            x = oracle_quantize.quantize_blocks(x)
+        planned = launch.gather_call(kind.removeprefix("gather_"), x, order, **sizes)
+    elif kind.startswith("sum"):
+        position = order.reshape(-1, CHOICES)
+        factors = rng.random(position.shape, np.float32) if "weighted" in kind else None
+        planned = launch.sum_call(x, position, factors, out=source)
+    else:
+        x, dy = launch.activation_operands(kind, (ROWS, 2, COLUMNS), 10, source)
+        name = kind.removeprefix("activation_")
+        planned = launch.weighted_call(name, x, dy, weight, launch.E4M3, activation="silu", **sizes)
+    plan, operands, _ = planned
+    small = [name for name in ("x_scale", "source", "position", "weight") if name in operands]
+    read = sum(v.nbytes for name, v in operands.items() if name not in (*small, "group_sizes"))
+    moved = _moved(*planned, read)
+    # Each thread reads of each at most one word.
+    words = 4 * len(small) * int(plan.grid[0]) * int(plan.block[0])
+    return moved._replace(sizes_read=moved.sizes_read + words)
+
+
 def table() -> str:
     """Of every kernel with E4M3 results."""
     lines = [
@@ -101,8 +144,14 @@ def table() -> str:
             for source in (launch.BF16, launch.F16, launch.F32)
         ]
     lines += [
+        mixture(kind, source).line() for kind in MIXTURES for source in (launch.BF16, launch.F32)
+    ]
+    lines += [
         "",
         f"A ragged kernel's one group has {GROUPED} of the {ROWS} rows; its CTAs read its size, too.",
+        f"Gathers take each of the {ROWS} rows once; sums add {CHOICES} rows to one.",
+        "Every lane of a row reads its index, weight and scale from the same word: of a mixture's kernels the least has",
+        "only the rows, and what is read past it is these words.",
     ]
     return "\n".join(lines)
 

@@ -89,6 +89,73 @@ CONTRACT = {
             "column_scale": (F32, "A F TB"),
         },
     ),
+    "activation_weighted_rows": (
+        {"x": (OUT, "M A F"), "weight": (F32, "M")},
+        {"data": (FP8, "M F"), "scale": (F32, "M FB")},
+    ),
+    "activation_ragged_weighted_both": (
+        {"x": (OUT, "M A F"), "weight": (F32, "M"), "group_sizes": (S32, "G")},
+        {
+            "row_data": (FP8, "M F"),
+            "row_scale": (F32, "M FB"),
+            "column_data": (FP8, "F T"),
+            "column_scale": (F32, "F TB"),
+        },
+    ),
+    "activation_ragged_weighted_grad_both": (
+        {
+            "x": (OUT, "M A F"),
+            "dy": (OUT, "M F"),
+            "weight": (F32, "M"),
+            "group_sizes": (S32, "G"),
+        },
+        {
+            "row_data": (FP8, "M A F"),
+            "row_scale": (F32, "M A FB"),
+            "column_data": (FP8, "A F T"),
+            "column_scale": (F32, "A F TB"),
+            "weight_grad": (F32, "M FB"),
+        },
+    ),
+    "gather_quantize_rows": (
+        {"x": (FLOAT, "S K"), "source": (S32, "M")},
+        {"data": (FP8, "M K"), "scale": (F32, "M KB")},
+    ),
+    "gather_quantize_both": (
+        {"x": (FLOAT, "S K"), "source": (S32, "M"), "group_sizes": (S32, "G")},
+        {
+            "row_data": (FP8, "M K"),
+            "row_scale": (F32, "M KB"),
+            "column_data": (FP8, "K T"),
+            "column_scale": (F32, "K TB"),
+        },
+    ),
+    "gather_rows": (
+        {"x": (FP8, "S K"), "x_scale": (F32, "S KB"), "source": (S32, "M")},
+        {"data": (FP8, "M K"), "scale": (F32, "M KB")},
+    ),
+    "gather_requantize_both": (
+        {
+            "x": (FP8, "S K"),
+            "x_scale": (F32, "S KB"),
+            "source": (S32, "M"),
+            "group_sizes": (S32, "G"),
+        },
+        {
+            "row_data": (FP8, "M K"),
+            "row_scale": (F32, "M KB"),
+            "column_data": (FP8, "K T"),
+            "column_scale": (F32, "K TB"),
+        },
+    ),
+    "sum_rows": (
+        {"rows": (OUT, "M K"), "position": (S32, "S J")},
+        {"out": (OUT, "S K")},
+    ),
+    "sum_weighted_rows": (
+        {"rows": (OUT, "M K"), "position": (S32, "S J"), "weight": (F32, "S J")},
+        {"out": (OUT, "S K")},
+    ),
     "gemm_1d2d": (
         {
             "lhs": (FP8, "G M K"),
@@ -138,3 +205,13 @@ CONTRACT = {
         {"out": (OUT, "G N K")},
     ),
 }
+
+
+def quantizes(name):
+    """Whether a target makes scales, and so has the attribute pow2; `name` without version."""
+    return name.startswith(("quantize", "activation", "gather")) and name != "gather_rows"
+
+
+def pads_tokens(name):
+    """Whether a target's results lie over the group-padded token axis: T follows from M and G."""
+    return "gemm" not in name and "group_sizes" in CONTRACT[name][0]

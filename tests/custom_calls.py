@@ -16,8 +16,9 @@ import ml_dtypes
 import numpy as np
 
 from jaxfp8 import _C
-from tests import ffi_frames, oracle, oracle_activation
+from tests import ffi_frames, oracle, oracle_activation, oracle_moe
 from tests import oracle_quantize as oq
+from tests.contract import CONTRACT, pads_tokens
 
 BF16, F16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32)
 E4M3, E5M2 = oq.E4M3, oq.E5M2
@@ -161,6 +162,13 @@ def _quantized(rng, shape, block=(1, 128), dtype=E4M3) -> Quantized:
     return Quantized(*oq.quantize_blocks(x, block, dtype), block)
 
 
+def _assert_same_bytes(results, want):
+    for i, arrays in enumerate(zip(results, want, strict=True)):
+        got, array = (v.reshape(-1).view(np.uint8) for v in arrays)
+        wrong = np.flatnonzero(got != array)
+        assert not wrong.size, f"result {i}: {wrong.size} bytes, the first {wrong[0]}"
+
+
 def _types(rng, outer: bool):
     lhs = E5M2 if rng.random() < 0.3 else E4M3
     rhs = E5M2 if outer and lhs == E4M3 and rng.random() < 0.3 else E4M3
@@ -199,18 +207,12 @@ def _quantize(kind: str) -> Callable:
             data, scale = oq.ragged_columns(x, sizes, dtype, pow2)
             want += [(data, data.shape), (oq.m_major(scale), scale.shape)]
 
-        def check(results):
-            for i, (got, (array, _)) in enumerate(zip(results, want, strict=True)):
-                got, array = (v.reshape(-1).view(np.uint8) for v in (got, array))
-                wrong = np.flatnonzero(got != array)
-                assert not wrong.size, f"result {i}: {wrong.size} bytes, the first {wrong[0]}"
-
         return Call(
             target,
             operands,
             [(a.dtype, dims) for a, dims in want],
             {"pow2": pow2},
-            check,
+            lambda results: _assert_same_bytes(results, [array for array, _ in want]),
             text=f"group sizes {sizes.tolist()}" if ragged else "",
         )
 
@@ -221,43 +223,122 @@ def _quantize(kind: str) -> Callable:
 
 
 def _activation(kind: str) -> Callable:
-    """On operands whose activation is exact: results are known to the bit."""
-    ragged, gradient, names = "ragged" in kind, "grad" in kind, oracle_activation.ACTIVATIONS
+    """On operands whose activation is exact: results are known to the bit, but for a sum's order."""
+    ragged, gradient, weighted = "ragged" in kind, "grad" in kind, "weighted" in kind
+    plain, names = kind.replace("weighted_", ""), oracle_activation.ACTIVATIONS
 
     def draw(rng, sizes=None, most=300, dims=None) -> Call:
-        source, dtype = (BF16, F16, F32)[rng.integers(3)], (E4M3, E5M2)[rng.integers(2)]
+        sources = (BF16, F32) if weighted else (BF16, F16, F32)
+        source, dtype = sources[rng.integers(len(sources))], (E4M3, E5M2)[rng.integers(2)]
         pow2, name = bool(rng.integers(2)), names[rng.integers(len(names))]
         g, (m, f) = int(rng.integers(1, 3)), dims or (size(rng, most), size(rng, most))
         a = rng.integers(1, 3)
-        batch = () if ragged or kind == "rows" else (g,)
+        batch = () if ragged or plain == "rows" else (g,)
         seed = int(rng.integers(2**31))
         x = oracle_activation.saturated(seed, (*batch, m, int(a), f), source)
         dy = oracle_activation.cotangents(seed, (*batch, m, f), source) if gradient else None
         operands = [_array(x)] + ([_array(dy)] if gradient else [])
+        weight = np.exp2(rng.integers(-6, 3, m if weighted else ())).astype(np.float32)
+        if weighted:
+            operands.append(_array(weight))
+        else:
+            weight = np.ones((), np.float32)
         if ragged:
             if sizes is None:
                 sizes = group_sizes(rng, int(rng.integers(1, 40)), m)
             operands.append(_array(sizes))
         if gradient:
-            y = oracle_activation.gradient(x, dy, name)
+            y = oracle_activation.gradient(x, dy * weight[..., None].astype(np.float64), name)
         else:
-            y = oracle_activation.activate(x, name)
-        want = oracle_activation.outputs(kind, y, dtype=dtype, pow2=pow2, group_sizes=sizes)
-        shapes = oracle_activation.result_shapes(kind, x.shape, len(sizes) if ragged else 0)
+            y = oracle_activation.activate(x, name) * weight[..., None]
+        want = oracle_activation.outputs(plain, y, dtype=dtype, pow2=pow2, group_sizes=sizes)
+        shapes = oracle_activation.result_shapes(plain, x.shape, len(sizes) if ragged else 0)
+        results = [(v.dtype, dims) for v, dims in zip(want, shapes, strict=True)]
+        if weighted and gradient:
+            results.append((F32, (m, _cdiv(f, 128))))
 
         def check(results):
-            for i, (got, array) in enumerate(zip(results, want, strict=True)):
-                got, array = (v.reshape(-1).view(np.uint8) for v in (got, array))
-                wrong = np.flatnonzero(got != array)
-                assert not wrong.size, f"result {i}: {wrong.size} bytes, the first {wrong[0]}"
+            if weighted and gradient:
+                *results, weight_grad = results
+                oracle_activation.assert_weight_gradient(weight_grad, x, dy, name)
+            _assert_same_bytes(results, want)
 
         return Call(
             f"jaxfp8_activation_{kind}_v1",
             operands,
-            [(v.dtype, dims) for v, dims in zip(want, shapes, strict=True)],
+            results,
             {"pow2": pow2, "activation": names.index(name)},
             check,
             text=f"group sizes {sizes.tolist()}" if ragged else "",
+        )
+
+    return draw
+
+
+# --- gathers and sums of rows -----------------------------------------------------------------------
+
+
+def _index(rng, shape, rows: int) -> np.ndarray:
+    """Rows of an array, among them some that it does not have."""
+    index = rng.integers(-1, rows, shape)
+    if rng.random() < 0.3:
+        lies = rng.choice([-(2**31), -2, rows, rows + 1, 2**31 - 1], shape)
+        index = np.where(rng.random(shape) < 0.1, lies, index)
+    return index.astype(np.int32)
+
+
+def _gather(kind: str) -> Callable:
+    of_fp8, columns = not kind.startswith("quantize"), kind.endswith("both")
+    what = kind.rpartition("_")[2]
+
+    def draw(rng, sizes=None, most=300, dims=None) -> Call:
+        source, dtype = (BF16, F16, F32)[rng.integers(3)], (E4M3, E5M2)[rng.integers(2)]
+        pow2 = bool(rng.integers(2))
+        m, k = dims or (size(rng, most), size(rng, most))
+        s = int(rng.integers(1, m + 2))
+        x, index = _floats(rng, (s, k), source), _index(rng, (m,), s)
+        if columns and sizes is None:
+            sizes = group_sizes(rng, int(rng.integers(1, 40)), m)
+        if of_fp8:
+            data, scale = oq.quantize_blocks(x, (1, 128), dtype, bool(rng.integers(2)))
+            operands = [_array(data), _row_scale(scale), _array(index)]
+            want = oracle_moe.moved(what, data, scale, index, sizes, pow2)
+        else:
+            operands = [_array(x), _array(index)]
+            want = oracle_moe.quantized(what, x, index, sizes, dtype, pow2)
+        if columns:
+            operands.append(_array(sizes))
+        return Call(
+            f"jaxfp8_gather_{kind}_v1",
+            operands,
+            [(v.dtype, v.shape) for v in want],
+            {} if kind == "rows" else {"pow2": pow2},
+            lambda results: _assert_same_bytes(
+                results, [oq.m_major(v) if i % 2 else v for i, v in enumerate(want)]
+            ),
+            text=f"group sizes {sizes.tolist()}" if columns else "",
+        )
+
+    return draw
+
+
+def _sum(weighted: bool) -> Callable:
+    def draw(rng, most=300, dims=None) -> Call:
+        source, out = (BF16, F32)[rng.integers(2)], (BF16, F32)[rng.integers(2)]
+        m, k = dims or (size(rng, most), size(rng, most))
+        s, j = int(rng.integers(1, m + 2)), int(rng.integers(1, 20))
+        rows, position = _floats(rng, (m, k), source), _index(rng, (s, j), m)
+        weight = rng.standard_normal((s, j)).astype(np.float32) if weighted else None
+
+        def check(results):
+            oracle_moe.assert_sum_of_rows(results[0], rows, position, weight)
+
+        return Call(
+            f"jaxfp8_sum_{'weighted_' if weighted else ''}rows_v1",
+            [_array(rows), _array(position)] + ([_array(weight)] if weighted else []),
+            [(out, (s, k))],
+            {},
+            check,
         )
 
     return draw
@@ -355,11 +436,20 @@ def _grouped_wgrad(accumulate: bool) -> Callable:
 QUANTIZERS = (
     "rows", "columns", "both", "blocks", "weight", "ragged_columns", "ragged_both",
 )  # fmt: skip
-ACTIVATIONS = ("rows", "both", "grad_both", "ragged_both", "ragged_grad_both")
+ACTIVATIONS = (
+    "rows", "both", "grad_both", "ragged_both", "ragged_grad_both",
+    "weighted_rows", "ragged_weighted_both", "ragged_weighted_grad_both",
+)  # fmt: skip
+GATHERS = (
+    "quantize_rows", "quantize_both", "rows", "requantize_both",
+)  # fmt: skip
 # target -> draw(rng)
 DRAWS: dict[str, Callable[..., Call]] = {
     f"jaxfp8_quantize_{kind}_v1": _quantize(kind) for kind in QUANTIZERS
-} | {f"jaxfp8_activation_{kind}_v1": _activation(kind) for kind in ACTIVATIONS}
+}
+DRAWS |= {f"jaxfp8_activation_{kind}_v1": _activation(kind) for kind in ACTIVATIONS}
+DRAWS |= {f"jaxfp8_gather_{kind}_v1": _gather(kind) for kind in GATHERS}
+DRAWS |= {"jaxfp8_sum_rows_v1": _sum(False), "jaxfp8_sum_weighted_rows_v1": _sum(True)}
 for _accumulate, _suffix in ((False, "_v1"), (True, "_accum_v1")):
     for _name in ("gemm_1d2d", "gemm_1d1d"):
         DRAWS[f"jaxfp8_{_name}{_suffix}"] = _dense(_name, _accumulate)
@@ -367,4 +457,7 @@ for _accumulate, _suffix in ((False, "_v1"), (True, "_accum_v1")):
         DRAWS[f"jaxfp8_{_name}{_suffix}"] = _grouped(_name, _accumulate)
     DRAWS[f"jaxfp8_grouped_wgrad_gemm{_suffix}"] = _grouped_wgrad(_accumulate)
 # Those that take group sizes, as draw(rng, sizes=...)
-GROUPED = tuple(name for name in DRAWS if "grouped" in name or "ragged" in name)
+GROUPED = tuple(
+    f"jaxfp8_{name}_v1" for name in CONTRACT if "gemm" not in name and pads_tokens(name)
+)
+GROUPED += tuple(name for name in DRAWS if "grouped" in name)

@@ -26,7 +26,7 @@ from typing import Any
 
 from jaxfp8 import _C
 from tests import ffi_frames
-from tests.contract import ALLOWED, CONTRACT
+from tests.contract import ALLOWED, CONTRACT, pads_tokens, quantizes
 from tests.ffi_frames import DTYPES, Buffer, Frame
 from tests.recording import RecordingDriver
 
@@ -105,7 +105,9 @@ def faults(call: Call) -> set[str]:
     """Everything that may be named in the refusal of a call; empty: the call is valid."""
     operands, results = TARGETS[call.target]
     found = set()
-    attributes = ["config", "num_sms"] if "gemm" in call.target else ["pow2"]
+    attributes = ["config", "num_sms"] if "gemm" in call.target else []
+    if quantizes(_name(call.target)):
+        attributes.append("pow2")
     if "activation" in call.target:
         attributes.append("activation")
     for name in attributes:
@@ -157,7 +159,7 @@ def _size_faults(target: str, spec: dict, arrays: dict[str, Array]) -> set[str]:
         others = set(by_name)
         if len(set(by_name.values())) > 1:
             found |= others
-        ragged = "ragged" in target
+        ragged = "gemm" not in target and pads_tokens(_name(target))
         for name, size in by_name.items():
             if symbol in ("MB", "NB", "KB", "FB") and base in sizes:
                 for owner, whole in sizes[base].items():
@@ -188,9 +190,10 @@ def _value_faults(call: Call, arrays: dict[str, Array]) -> set[str]:
         eight_bit = [n for n, a in arrays.items() if a.dtype.startswith("f8")]
         if len({arrays[n].dtype for n in eight_bit}) > 1:
             found |= set(eight_bit)
-        dims = arrays["x" if "x" in arrays else "w"].dims
+        first, dims = next((n, a.dims) for n, a in arrays.items())  # x, w, or the rows of a sum
         if _quantizer_grid(target, arrays, dims) > MAX_GRID:
-            found |= {"x", "w"} & set(arrays)
+            moved = "gather" in target or "sum" in target
+            found.add(next(iter(TARGETS[target][1])) if moved else first)
         if "activation" in target:
             if dims[-2] > 2:
                 found.add("x")
@@ -242,11 +245,16 @@ def _value_faults(call: Call, arrays: dict[str, Array]) -> set[str]:
 def _quantizer_grid(target: str, arrays: dict[str, Array], dims: list[int]) -> int:
     """CTAs of a quantization, before rows are gathered in CTAs of several warps."""
     *lead, m, k = dims[:-2] + dims[-1:] if "activation" in target else dims
-    if target in ("jaxfp8_quantize_rows_v1", "jaxfp8_activation_rows_v1"):
-        size = {"f32": 4}.get(arrays["x"].dtype, 2)
+    name = _name(target)
+    if "gather" in name:
+        m = arrays["source"].dims[0]
+    size = {"f32": 4, "f8e4m3fn": 1, "f8e5m2": 1}.get(next(iter(arrays.values())).dtype, 2)
+    if "sum" in name:
+        return arrays["position"].dims[0] * _cdiv(k, 512 // size)
+    if name.endswith("rows"):
         return _cdiv(m, 8) * _cdiv(k, 512 // size)
     groups = lead[0] if lead else 1
-    if "ragged" in target:
+    if pads_tokens(name):
         return (_cdiv(m, BLOCK) + arrays["group_sizes"].dims[0]) * _cdiv(k, BLOCK)
     return groups * _cdiv(m, BLOCK) * _cdiv(k, BLOCK)
 
@@ -287,18 +295,22 @@ def _size(rng: random.Random, large: bool) -> int:
     return min(int(2 ** rng.uniform(0, 31 if large else 11)), MAX_SIZE)
 
 
+def _name(target: str) -> str:
+    return target.removeprefix("jaxfp8_").removesuffix("_v1")
+
+
 def valid_call(rng: random.Random) -> Call:
     """A call with the contract's shapes, types and attributes; its sizes may still be too large."""
     target = rng.choice(list(TARGETS))
     operands, results = TARGETS[target]
     large = rng.random() < 0.2
-    sizes = {s: _size(rng, large) for s in "GMNKF"}
+    sizes = {s: _size(rng, large) for s in "GMNKFSJ"}
     sizes["A"] = rng.randint(1, 2)
     if not large:
         sizes["G"] = rng.randint(1, 70)
     if "gemm" in target:
         sizes["K"] = sizes["K"] // 16 * 16 or 16
-    if "ragged" in target:
+    if "gemm" not in target and pads_tokens(_name(target)):
         sizes["T"] = _cdiv(sizes["M"], BLOCK) * BLOCK + BLOCK * sizes["G"]
     else:
         sizes["T"] = BLOCK * (sizes["G"] + _size(rng, False))
@@ -336,7 +348,7 @@ def valid_call(rng: random.Random) -> Call:
             "num_sms": ("s32", rng.choice((0, 0, NUM_SMS, rng.randint(4, NUM_SMS)))),
         }
     else:
-        attributes = {"pow2": ("pred", rng.random() < 0.5)}
+        attributes = {"pow2": ("pred", rng.random() < 0.5)} if quantizes(_name(target)) else {}
         if "activation" in target:
             attributes["activation"] = ("s32", rng.randint(0, 1))
     return Call(target, [arrays[n] for n in operands], [arrays[n] for n in results], attributes)
@@ -390,12 +402,13 @@ def mutate(rng: random.Random, call: Call):
         array.dtype, other.dtype = other.dtype, array.dtype
         array.dims, other.dims = other.dims, array.dims
     else:
-        array.address = rng.choice(arrays).address + rng.choice((0, 0, 16, -16, 4096, -4096))
+        step = rng.choice((0, 0, 16, -16, 4096, -4096))
+        array.address = (rng.choice(arrays).address + step) % 2**64
 
 
 def _mutate_attribute(rng: random.Random, call: Call):
-    name = rng.choice(list(call.attributes))
-    change = rng.randrange(5)
+    name = rng.choice(list(call.attributes) or [""])
+    change = rng.randrange(5) if call.attributes else 2
     if change == 0:
         del call.attributes[name]
     elif change == 1:
@@ -430,7 +443,7 @@ def draw(seed: int, number: int) -> Call:
     rng = random.Random(f"{seed}:{number}")
     call = valid_call(rng)
     for _ in range(rng.choice((0, 1, 1, 1, 2, 3))):
-        if call.attributes and call.operands + call.results:
+        if call.operands + call.results:
             mutate(rng, call)
     return call
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
 
 from jaxfp8 import _C, _ffi
-from tests import emulator, oracle_activation, oracle_quantize
+from tests import emulator, oracle_activation, oracle_moe, oracle_quantize
+from tests.contract import CONTRACT
 
 BF16, F16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32)
 E4M3, E5M2 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2)
@@ -259,3 +261,100 @@ def activation_operands(kind, shape, seed, source, generate=oracle_activation.sa
         else None
     )
     return x, dy
+
+
+# ---- Mixtures: rows gathered and summed by index, activations times a weight
+
+GATHERS = ("quantize_rows", "quantize_both", "rows", "requantize_both")
+WEIGHTED_ACTIVATIONS = ("weighted_rows", "ragged_weighted_both", "ragged_weighted_grad_both")
+
+
+def _named_results(target, types):
+    """Results of (dtype, shape) under the contract's names."""
+    return dict(zip(CONTRACT[target][1], types, strict=True))
+
+
+def gather_call(kind, x, source, dtype=E4M3, *, pow2=False, group_sizes=None, sms=2):
+    """The plan of a gather, its operands and its results; x is an array, or FP8 data with its scales."""
+    data, *scale = x if isinstance(x, tuple) else (x,)
+    operands = {"x": data, "x_scale": scale[0]} if scale else {"x": data}
+    operands["source"] = source
+    (m,), (_, k) = source.shape, data.shape
+    dtype, kb = data.dtype if scale else dtype, oracle_quantize.cdiv(k, 128)
+    types = [(dtype, (m, k)), (F32, (m, kb))]
+    if kind.endswith("both"):
+        operands["group_sizes"] = np.array(group_sizes, np.int32)
+        t = oracle_quantize.padded_tokens(m, len(group_sizes))
+        types += [(dtype, (k, t)), (F32, (k, t // 128))]
+    results = _named_results(f"gather_{kind}", types)
+    attributes = {} if kind == "rows" else {"pow2": pow2}
+    planned = plan(f"gather_{kind}", operands, results, device_sms=sms, **attributes)
+    if scale:  # as it lies in memory; the plan has its logical shape
+        operands["x_scale"] = oracle_quantize.m_major(scale[0])
+    return planned, operands, results
+
+
+def with_band(plan, band):
+    """The plan of a gather into columns, with the grid going through bands of `band` blocks of columns."""
+    args = [*plan.args]
+    args[-2] = band
+    names = ("image", "kernel", "grid", "block", "cluster", "dynamic_smem")
+    return SimpleNamespace(**{name: getattr(plan, name) for name in names}, args=args)
+
+
+def gather_outputs(kind, x, source, dtype=E4M3, *, pow2=False, group_sizes=None):
+    """What a gather must give, as it lies in memory."""
+    what = kind.rpartition("_")[2]
+    if isinstance(x, tuple):
+        results = oracle_moe.moved(what, *x, source, group_sizes, pow2)
+    else:
+        results = oracle_moe.quantized(what, x, source, group_sizes, dtype, pow2)
+    return [oracle_quantize.m_major(v) if i % 2 else v for i, v in enumerate(results)]
+
+
+def sum_call(rows, position, weight=None, *, out=F32, sms=2):
+    """The plan of a sum of rows, its operands and its results."""
+    operands = {"rows": rows, "position": position}
+    if weight is not None:
+        operands["weight"] = weight
+    target = "sum_rows" if weight is None else "sum_weighted_rows"
+    results = {"out": (out, (len(position), rows.shape[1]))}
+    return plan(target, operands, results, device_sms=sms), operands, results
+
+
+def weighted_call(kind, x, dy, weight, dtype, *, activation, pow2=False, group_sizes=None, sms=2):
+    """The plan of a weighted activation, its operands and its results."""
+    operands = {"x": x} | ({} if dy is None else {"dy": dy}) | {"weight": weight}
+    if group_sizes is not None:
+        operands["group_sizes"] = np.array(group_sizes, np.int32)
+    plain = kind.replace("weighted_", "")
+    types = list(_activation_results(plain, x.shape, dtype, len(group_sizes or ())).values())
+    if dy is not None:
+        types.append((F32, (len(x), oracle_quantize.cdiv(x.shape[-1], 128))))
+    target = f"activation_{kind}"
+    results = _named_results(target, types)
+    index = oracle_activation.ACTIVATIONS.index(activation)
+    return (
+        plan(target, operands, results, pow2=pow2, activation=index, device_sms=sms),
+        operands,
+        results,
+    )
+
+
+def indices(seed, shape, rows, lies=True):
+    """Indices of rows, some of them twice, some none; with lies also ones far from any row."""
+    rng = np.random.default_rng(seed)
+    index = rng.integers(-1, rows, shape)
+    if lies:
+        index.flat[:: 1 + index.size // 5] = [-(2**31), 2**31 - 1, rows, -2, rows - 1][
+            : len(index.flat[:: 1 + index.size // 5])
+        ]
+    return index.astype(np.int32)
+
+
+def row_weights(seed, m):
+    """Powers of two of both signs, and a zero: products with them are exact."""
+    rng = np.random.default_rng(seed)
+    weight = np.exp2(rng.integers(-6, 3, m)) * rng.choice([-1, 1, 1], m)
+    weight[m // 2] = 0
+    return weight.astype(np.float32)

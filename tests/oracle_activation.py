@@ -49,6 +49,31 @@ def gradient(x, dy, activation):
         return np.stack([dy * x[..., 1, :] * da, dy * gate * s], axis=-2)
 
 
+def block_sums(terms):
+    """float64 (M, FB) of (M, F): the sum over each block of 128 columns."""
+    m, f = terms.shape
+    padded = np.zeros((m, oq.cdiv(f, oq.BLOCK) * oq.BLOCK))
+    padded[:, :f] = terms
+    with np.errstate(invalid="ignore"):
+        return padded.reshape(m, -1, oq.BLOCK).sum(-1)
+
+
+def weight_gradient(x, dy, activation):
+    """The gradient of each row's weight by block of F, (M, FB), and the sum of its terms' magnitudes."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        terms = dy.astype(np.float64) * activate(x, activation)
+    return block_sums(terms), block_sums(np.abs(terms))
+
+
+def assert_weight_gradient(got, x, dy, activation):
+    """Within the error of a float32 sum in any order; `got` (M, FB) as it lies in memory."""
+    want, magnitude = weight_gradient(x, dy, activation)
+    got = got.reshape(want.shape[::-1]).T
+    np.testing.assert_array_equal(np.isfinite(got), np.isfinite(want))
+    finite = np.isfinite(want)
+    assert (np.abs(got - want)[finite] <= 130 * 2.0**-24 * magnitude[finite]).all()
+
+
 def error_bounds(x, dy, activation):
     """Bounds on the float32 error of `activate` and of `gradient` before quantization.
 

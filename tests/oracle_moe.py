@@ -15,11 +15,9 @@ def take(x, source, fill=0):
 
 
 def quantized(kind, x, source, group_sizes, dtype=oq.E4M3, pow2=False):
-    """The results of a gather of x (S, K) into FP8: data and scale of rows, of columns, or of both."""
+    """The results of a gather of x (S, K) into FP8: data and scale of rows, or of rows and columns."""
     rows = take(x, source)
-    results = []
-    if kind != "columns":
-        results += oq.quantize_blocks(rows, dtype=dtype, pow2=pow2)
+    results = [*oq.quantize_blocks(rows, dtype=dtype, pow2=pow2)]
     if kind != "rows":
         results += oq.ragged_columns(rows, group_sizes, dtype, pow2)
     return results
@@ -28,9 +26,7 @@ def quantized(kind, x, source, group_sizes, dtype=oq.E4M3, pow2=False):
 def moved(kind, data, scale, source, group_sizes, pow2=False):
     """The results of a gather of FP8 rows (S, K): their bytes, and columns quantized from float32 `data * scale`."""
     rows, row_scale = take(data.view(np.uint8), source).view(data.dtype), take(scale, source, 1)
-    results = []
-    if kind != "columns":
-        results += [rows, row_scale]
+    results = [rows, row_scale]
     if kind != "rows":
         spread = np.repeat(row_scale, oq.BLOCK, axis=1)[:, : data.shape[1]]
         with np.errstate(over="ignore", invalid="ignore"):
@@ -63,3 +59,22 @@ def sum_rows_in_order(rows, position):
             elif index >= 0:
                 total[s] += rows[index]
     return total
+
+
+def assert_sum_of_rows(got, rows, position, weight=None):
+    """Without weights the float32 sum in order, to the bit; with weights within its error in any order."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        if weight is None:
+            want = sum_rows_in_order(rows, position).astype(got.dtype)
+            np.testing.assert_array_equal(got.astype(np.float32), want.astype(np.float32))
+            return
+        want = sum_rows(rows, position, weight)
+        magnitude = sum_rows(np.abs(rows), position, np.abs(weight))
+        rounded = np.abs(want) * (2.0**-8 if got.dtype.itemsize == 2 else 0)
+        gap = np.abs(got.astype(np.float64) - want)
+    np.testing.assert_array_equal(np.isnan(got.astype(np.float32)), np.isnan(want))
+    np.testing.assert_array_equal(got.astype(np.float64)[np.isinf(want)], want[np.isinf(want)])
+    finite = np.isfinite(want)
+    smallest = 2.0**-133 if got.dtype.itemsize == 2 else 2.0**-140
+    bound = (position.shape[1] + 1) * 2.0**-24 * magnitude * 1.01 + rounded + smallest
+    assert (gap[finite] <= bound[finite]).all()

@@ -108,6 +108,14 @@ def test_every_shape_equals_the_oracle(kind, shape, halves):
     )
 
 
+@pytest.mark.parametrize("kind", ["grad_both", "ragged_grad_both"])
+@pytest.mark.parametrize("source, f", [(BF16, 132), (F32, 130)], ids=["bf16", "f32"])
+def test_a_half_that_ends_inside_a_vector_keeps_out_of_the_other(kind, source, f):
+    """The pitch of both halves is aligned to more bytes than a half."""
+    x, dy = activation_operands(kind, activation_shape(kind, 1, 5, 2, f), 9, source)
+    assert_exact(kind, x, dy, oq.E4M3, group_sizes=[4] if kind in RAGGED_ACTIVATIONS else None)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("source", [BF16, F32], ids=NAMES.get)
 @pytest.mark.representatives("kind", "source")

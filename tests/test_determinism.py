@@ -10,6 +10,7 @@ import pytest
 
 from jaxfp8 import _C, _ffi
 from tests import custom_calls
+from tests.contract import CONTRACT
 from tests.emulator.driver import EmulatedDriver
 
 pytestmark = [
@@ -21,7 +22,12 @@ pytestmark = [
 def test_every_target_has_random_calls():
     """Soak, schedules and group sizes draw from them: a new target must join."""
     assert set(custom_calls.DRAWS) == set(_C.handlers("CUDA"))
-    takes_sizes = {t for t in custom_calls.DRAWS if "grouped" in t or "ragged" in t}
+    takes_sizes = {
+        f"jaxfp8_{name}{suffix}_v1"
+        for name, (operands, _) in CONTRACT.items()
+        for suffix in ("", "_accum" if "gemm" in name else "")
+        if {"group_sizes", "masked_m"} & set(operands)
+    }
     assert set(custom_calls.GROUPED) == takes_sizes
 
 

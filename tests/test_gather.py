@@ -44,8 +44,6 @@ def gathered(x, source, sizes, fmt, kind="both"):
     x_dims, ends = ("s", "k"), (source, ("m",), sizes, ("g",))
     if kind == "rows":
         return arrays(gather.rows(x, x_dims, source, ("m",), fmt))
-    if kind == "columns":
-        return arrays(gather.columns(x, x_dims, *ends, fmt))
     return arrays(*gather.rows_and_columns(x, x_dims, *ends, fmt))
 
 
@@ -53,8 +51,6 @@ def gathered_fp8(data, scale, source, sizes, pow2, kind="both"):
     q, ends = named.named(data, scale, ("s", "k")), (source, ("m",), sizes, ("g",))
     if kind == "rows":
         return arrays(gather.fp8_rows(q, source, ("m",)))
-    if kind == "columns":
-        return arrays(gather.fp8_columns(q, *ends, pow2))
     return arrays(*gather.fp8_rows_and_columns(q, *ends, pow2))
 
 
@@ -65,7 +61,7 @@ def assert_same_bits(got, want):
         np.testing.assert_array_equal(a.view(f"u{a.itemsize}"), b.view(f"u{b.itemsize}"), str(i))
 
 
-@pytest.mark.parametrize("kind", ["rows", "columns", "both"])
+@pytest.mark.parametrize("kind", ["rows", "both"])
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 @pytest.mark.parametrize("dtype", [BF16, np.float16, np.float32])
 def test_gathered_rows_are_quantized_as_a_copy_of_them_would_be(kind, fmt, dtype):
@@ -76,7 +72,7 @@ def test_gathered_rows_are_quantized_as_a_copy_of_them_would_be(kind, fmt, dtype
     assert_same_bits(run(x, SOURCE, SIZES), want)
 
 
-@pytest.mark.parametrize("kind", ["rows", "columns", "both"])
+@pytest.mark.parametrize("kind", ["rows", "both"])
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 @pytest.mark.parametrize("k", [K, 130])
 def test_fp8_rows_keep_their_bytes_and_columns_are_quantized_from_their_values(kind, fmt, k):
@@ -94,7 +90,7 @@ def test_columns_of_rows_with_power_of_two_scales_keep_every_bit(dtype, kept):
     x[:, ::5] *= 2.0**-12 if dtype == oq.E4M3 else 2.0**-26
     data, scale = oq.quantize_blocks(x, dtype=dtype, pow2=True)
     source, sizes = np.arange(S, dtype=np.int32), np.array([S], np.int32)
-    columns = gathered_fp8(data, scale, source, sizes, True, "columns")
+    columns = gathered_fp8(data, scale, source, sizes, True)[2:]
     rows = oq.dequantize(data, scale).T
     got = oq.dequantize(*map(np.asarray, columns))[:, :S]
     large = np.abs(rows) >= kept * np.abs(rows).max(1, keepdims=True)
@@ -109,7 +105,7 @@ def test_columns_of_rows_with_float32_scales_lose_what_is_stated(dtype, unit):
     x = values(4, 128, 512)
     source, sizes = np.arange(128, dtype=np.int32), np.array([128], np.int32)
     q = oq.quantize_blocks(x, dtype=dtype)
-    twice = oq.dequantize(*map(np.asarray, gathered_fp8(*q, source, sizes, False, "columns")))
+    twice = oq.dequantize(*map(np.asarray, gathered_fp8(*q, source, sizes, False)[2:]))
     once = oq.dequantize(*oq.quantize_columns(x, dtype))
     twice, once = twice[:, :128] - x.T, once - x.T
     normal = np.abs(x.T) > 2.0**-5 * np.abs(x.T).max(1, keepdims=True)

@@ -91,26 +91,31 @@ void check_activation(const Call& call, const Sizes& sizes) {
     fail(target,
          "activation is " + std::to_string(call.activation) + "; allowed is 0 (silu) or 1 (gelu)");
   }
-  if (target.operands.size() > 1 && target.operands[1].types == Types::kFloat &&
+  if (is_gradient(std::get<ActivationProblem::Kind>(target.kind)) &&
       call.operands[1].dtype != call.operands[0].dtype) {
     fail(target, "dy is " + describe(call.operands[1]) + "; allowed is the element type of x, " +
                      call.operands[0].dtype_name);
   }
 }
 
-// The two FP8 results of one call share their element type.
-void check_fp8_results(const Call& call) {
+// The FP8 arrays of one call that is no product share their element type.
+void check_fp8(const Call& call) {
   const Target& target = *call.target;
   const Array* first = nullptr;
-  for (size_t i = 0; i < call.results.size(); ++i) {
-    if (target.results[i].types != Types::kFp8) continue;
-    if (first == nullptr) first = &call.results[i];
-    if (call.results[i].dtype != first->dtype) {
-      fail(target, std::string(target.results[i].name) + " is " + describe(call.results[i]) +
-                       "; allowed is the element type of " + target.results[0].name + ", " +
-                       first->dtype_name);
+  const char* first_name = nullptr;
+  const auto check = [&](const std::vector<ArraySpec>& specs, const std::vector<Array>& arrays) {
+    for (size_t i = 0; i < arrays.size(); ++i) {
+      if (specs[i].types != Types::kFp8) continue;
+      if (first == nullptr) first = &arrays[i], first_name = specs[i].name;
+      if (arrays[i].dtype != first->dtype) {
+        fail(target, std::string(specs[i].name) + " is " + describe(arrays[i]) +
+                         "; allowed is the element type of " + first_name + ", " +
+                         first->dtype_name);
+      }
     }
-  }
+  };
+  check(target.operands, call.operands);
+  check(target.results, call.results);
 }
 
 // XLA aliases the two, but where it takes the call into a fusion it may forget that: plan_call has
@@ -176,7 +181,7 @@ Sizes check(const Call& call) {
   if (target.is<GemmProblem>()) {
     check_product(call, sizes);
   } else {
-    check_fp8_results(call);
+    check_fp8(call);
   }
   if (target.is<ActivationProblem>()) check_activation(call, sizes);
   return sizes;

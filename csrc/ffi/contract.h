@@ -10,9 +10,11 @@
 
 #include "host/activation.h"
 #include "host/dtype.h"
+#include "host/gather.h"
 #include "host/gemm.h"
 #include "host/plan.h"
 #include "host/quantize.h"
+#include "host/sum_rows.h"
 
 namespace jaxfp8 {
 
@@ -46,6 +48,8 @@ enum class Dim : uint8_t {
   kOneOrG,  // 1: shared by all groups
   kF,
   kA,  // 2: gate and up side by side, or 1
+  kS,  // rows that a gather reads and that a sum makes: tokens
+  kJ,  // choices of a token
   kMBlocks,
   kNBlocks,
   kKBlocks,
@@ -62,7 +66,8 @@ struct ArraySpec {
   std::vector<Dim> dims;
 };
 
-using Kind = std::variant<QuantizeProblem::Kind, ActivationProblem::Kind, GemmProblem::Kind>;
+using Kind = std::variant<QuantizeProblem::Kind, ActivationProblem::Kind, GatherProblem::Kind,
+                          SumRowsProblem::Kind, GemmProblem::Kind>;
 
 struct Target {
   std::string name;
@@ -74,10 +79,12 @@ struct Target {
   bool is() const {
     return std::holds_alternative<typename Problem::Kind>(kind);
   }
+  // Whether the call makes scales, and so has the attribute pow2.
+  bool quantizes() const;
 };
 
 // A handler is a function of its own for each target; targets() asserts that there are as many.
-constexpr size_t kNumTargets = 22;
+constexpr size_t kNumTargets = 31;
 
 // In the order of docs/architecture.md, each product followed by its accumulating twin.
 const std::vector<Target>& targets();

@@ -90,9 +90,8 @@ Call decode(const Target& target, const ffi::RemainingArgs& operands,
   if (target.is<ActivationProblem>()) {
     call.activation = attribute<int32_t>(target, attributes, "activation", "i32");
   }
-  if (!target.is<GemmProblem>()) {
-    call.pow2 = attribute<bool>(target, attributes, "pow2", "i1");
-  } else {
+  if (target.quantizes()) call.pow2 = attribute<bool>(target, attributes, "pow2", "i1");
+  if (target.is<GemmProblem>()) {
     call.config = attribute<int32_t>(target, attributes, "config", "i32");
     call.num_sms = attribute<int32_t>(target, attributes, "num_sms", "i32");
   }

@@ -30,12 +30,10 @@ QuantizeProblem problem_of(QuantizeProblem::Kind kind, const Call& call, const S
 }
 
 ActivationProblem problem_of(ActivationProblem::Kind kind, const Call& call, const Sizes& sizes) {
-  using Kind = ActivationProblem::Kind;
-  bool ragged = kind == Kind::kRaggedBoth || kind == Kind::kRaggedGradBoth;
-  bool gradient = kind == Kind::kGradBoth || kind == Kind::kRaggedGradBoth;
+  const bool rows_only = is_of_rows_only(kind);
   ActivationProblem problem;
   problem.kind = kind;
-  problem.groups = kind == Kind::kRows ? 1 : sizes[G];
+  problem.groups = rows_only ? 1 : sizes[G];
   problem.rows = sizes[M];
   problem.cols = sizes[F];
   problem.gated = sizes[A] == 2;
@@ -43,15 +41,59 @@ ActivationProblem problem_of(ActivationProblem::Kind kind, const Call& call, con
   problem.in = *call.operands[0].dtype;
   problem.out = *call.results[0].dtype;
   problem.pow2 = call.pow2;
-  problem.x = call.operands[0].data;
-  if (gradient) problem.dy = call.operands[1].data;
-  if (ragged) problem.group_sizes = call.operands.back().data;
+  const Array* operand = call.operands.data();
+  problem.x = operand++->data;
+  if (is_gradient(kind)) problem.dy = operand++->data;
+  if (is_weighted(kind)) problem.weight = operand++->data;
+  if (is_ragged(kind)) problem.group_sizes = operand->data;
   problem.row_data = call.results[0].data;
   problem.row_scale = call.results[1].data;
-  if (kind != Kind::kRows) {
+  if (!rows_only) {
     problem.column_data = call.results[2].data;
     problem.column_scale = call.results[3].data;
   }
+  if (is_gradient(kind) && is_weighted(kind)) problem.weight_grad = call.results[4].data;
+  return problem;
+}
+
+GatherProblem problem_of(GatherProblem::Kind kind, const Call& call, const Sizes& sizes) {
+  GatherProblem problem;
+  problem.kind = kind;
+  problem.groups = has_columns(kind) ? sizes[G] : 1;
+  problem.source_rows = sizes[S];
+  problem.rows = sizes[M];
+  problem.cols = sizes[K];
+  problem.in = *call.operands[0].dtype;
+  problem.out = *call.results[0].dtype;
+  problem.pow2 = call.pow2;
+  const Array* operand = call.operands.data();
+  problem.x = operand++->data;
+  if (is_of_fp8(kind)) problem.x_scale = operand++->data;
+  problem.source = operand++->data;
+  if (has_columns(kind)) problem.group_sizes = operand++->data;
+  const Array* result = call.results.data();
+  problem.row_data = result[0].data;
+  problem.row_scale = result[1].data;
+  if (has_columns(kind)) {
+    problem.column_data = result[2].data;
+    problem.column_scale = result[3].data;
+  }
+  return problem;
+}
+
+SumRowsProblem problem_of(SumRowsProblem::Kind kind, const Call& call, const Sizes& sizes) {
+  SumRowsProblem problem;
+  problem.kind = kind;
+  problem.tokens = sizes[S];
+  problem.choices = sizes[J];
+  problem.rows = sizes[M];
+  problem.cols = sizes[K];
+  problem.in = *call.operands[0].dtype;
+  problem.out = *call.results[0].dtype;
+  problem.row_data = call.operands[0].data;
+  problem.position = call.operands[1].data;
+  if (kind == SumRowsProblem::Kind::kWeighted) problem.weight = call.operands[2].data;
+  problem.out_data = call.results[0].data;
   return problem;
 }
 
@@ -84,6 +126,12 @@ LaunchPlan plan(const QuantizeProblem& problem, const Call&, int device_sms) {
 }
 LaunchPlan plan(const ActivationProblem& problem, const Call&, int device_sms) {
   return plan_activation(problem, device_sms);
+}
+LaunchPlan plan(const GatherProblem& problem, const Call&, int device_sms) {
+  return plan_gather(problem, device_sms);
+}
+LaunchPlan plan(const SumRowsProblem& problem, const Call&, int device_sms) {
+  return plan_sum_rows(problem, device_sms);
 }
 LaunchPlan plan(const GemmProblem& problem, const Call& call, int device_sms) {
   return plan_gemm(problem, call.config, call.num_sms, device_sms);

@@ -10,11 +10,11 @@
 namespace jaxfp8 {
 
 constexpr Dim G = Dim::kG, M = Dim::kM, N = Dim::kN, K = Dim::kK, T = Dim::kT,
-              OneOrG = Dim::kOneOrG, F = Dim::kF, A = Dim::kA, MB = Dim::kMBlocks,
-              NB = Dim::kNBlocks, KB = Dim::kKBlocks, FB = Dim::kFBlocks, TB = Dim::kTBlocks,
-              PaddedM = Dim::kPaddedM;
+              OneOrG = Dim::kOneOrG, F = Dim::kF, A = Dim::kA, S = Dim::kS, J = Dim::kJ,
+              MB = Dim::kMBlocks, NB = Dim::kNBlocks, KB = Dim::kKBlocks, FB = Dim::kFBlocks,
+              TB = Dim::kTBlocks, PaddedM = Dim::kPaddedM;
 
-constexpr size_t kNumBoundDims = 8;  // the symbols that a call binds come first in Dim
+constexpr size_t kNumBoundDims = 10;  // the symbols that a call binds come first in Dim
 
 // The sizes of a call's symbols; 0: not bound yet.
 class Sizes {
@@ -47,8 +47,8 @@ class Sizes {
 
   std::string describe(Dim dim) const {
     static constexpr const char* kNames[] = {
-        "G", "M",           "N",           "K",           "T",           "1 or G", "F",
-        "A", "ceil(M/128)", "ceil(N/128)", "ceil(K/128)", "ceil(F/128)", "T/128",  "T"};
+        "G", "M", "N",           "K",           "T",           "1 or G",      "F",     "A",
+        "S", "J", "ceil(M/128)", "ceil(N/128)", "ceil(K/128)", "ceil(F/128)", "T/128", "T"};
     std::string text = kNames[static_cast<size_t>(dim)];
     int64_t size = (*this)[dim];
     return size == 0 ? text : text + "=" + std::to_string(size);

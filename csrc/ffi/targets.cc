@@ -74,6 +74,53 @@ void add_activations(std::vector<Target>& all) {
               {"row_scale", f32, {M, A, FB}},
               {"column_data", fp8, {A, F, PaddedM}},
               {"column_scale", f32, {A, F, TB}}});
+  activation("weighted_rows", Activation::kWeightedRows,
+             {{"x", out, {M, A, F}}, {"weight", f32, {M}}},
+             {{"data", fp8, {M, F}}, {"scale", f32, {M, FB}}});
+  activation("ragged_weighted_both", Activation::kRaggedWeightedBoth,
+             {{"x", out, {M, A, F}}, {"weight", f32, {M}}, {"group_sizes", s32, {G}}},
+             {{"row_data", fp8, {M, F}},
+              {"row_scale", f32, {M, FB}},
+              {"column_data", fp8, {F, PaddedM}},
+              {"column_scale", f32, {F, TB}}});
+  activation(
+      "ragged_weighted_grad_both", Activation::kRaggedWeightedGradBoth,
+      {{"x", out, {M, A, F}}, {"dy", out, {M, F}}, {"weight", f32, {M}}, {"group_sizes", s32, {G}}},
+      {{"row_data", fp8, {M, A, F}},
+       {"row_scale", f32, {M, A, FB}},
+       {"column_data", fp8, {A, F, PaddedM}},
+       {"column_scale", f32, {A, F, TB}},
+       {"weight_grad", f32, {M, FB}}});
+}
+
+void add_gathers(std::vector<Target>& all) {
+  using Gather = GatherProblem::Kind;
+  const auto gather = [&](const std::string& name, Gather kind) {
+    std::vector<ArraySpec> operands = {{"x", is_of_fp8(kind) ? fp8 : x, {S, K}}};
+    if (is_of_fp8(kind)) operands.push_back({"x_scale", f32, {S, KB}});
+    operands.push_back({"source", s32, {M}});
+    const bool both = has_columns(kind);
+    std::vector<ArraySpec> results = {{both ? "row_data" : "data", fp8, {M, K}},
+                                      {both ? "row_scale" : "scale", f32, {M, KB}}};
+    if (both) {
+      operands.push_back({"group_sizes", s32, {G}});
+      results.push_back({"column_data", fp8, {K, PaddedM}});
+      results.push_back({"column_scale", f32, {K, TB}});
+    }
+    all.push_back(target("gather_" + name, kind, std::move(operands), std::move(results)));
+  };
+  gather("quantize_rows", Gather::kQuantizeRows);
+  gather("quantize_both", Gather::kQuantizeBoth);
+  gather("rows", Gather::kRows);
+  gather("requantize_both", Gather::kRequantizeBoth);
+}
+
+void add_sums(std::vector<Target>& all) {
+  using Sum = SumRowsProblem::Kind;
+  const std::vector<ArraySpec> operands = {{"rows", out, {M, K}}, {"position", s32, {S, J}}};
+  all.push_back(target("sum_rows", Sum::kPlain, operands, {{"out", out, {S, K}}}));
+  all.push_back(target("sum_weighted_rows", Sum::kWeighted, operands, {{"out", out, {S, K}}}));
+  all.back().operands.push_back({"weight", f32, {S, J}});
 }
 
 // Each followed by its accumulating twin.
@@ -124,11 +171,19 @@ void add_products(std::vector<Target>& all) {
 
 }  // namespace
 
+bool Target::quantizes() const {
+  const auto* gather = std::get_if<GatherProblem::Kind>(&kind);
+  return gather != nullptr ? *gather != GatherProblem::Kind::kRows
+                           : is<QuantizeProblem>() || is<ActivationProblem>();
+}
+
 const std::vector<Target>& targets() {
   static const auto* all = [] {
     auto* made = new std::vector<Target>;  // lives as long as any thread
     add_quantizers(*made);
     add_activations(*made);
+    add_gathers(*made);
+    add_sums(*made);
     add_products(*made);
     if (made->size() != kNumTargets) throw std::logic_error("kNumTargets is out of date");
     return made;

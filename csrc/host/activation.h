@@ -21,6 +21,10 @@ struct ActivationProblem {
                       // column_data (G, A, F, M), column_scale (G, A, F, MB)
     kRaggedBoth,      // as kBoth of x (M, A, F) with group_sizes (G): columns (F, T), (F, T / 128)
     kRaggedGradBoth,  // as kGradBoth of x (M, A, F): columns (A, F, T), (A, F, T / 128)
+    // The same with a factor for each row of y, weight (M), and dy that of the product:
+    kWeightedRows,
+    kRaggedWeightedBoth,
+    kRaggedWeightedGradBoth,  // and weight_grad (M, FB), by block of F
   };
   Kind kind = Kind::kRows;
   int64_t groups = 1, rows = 0, cols = 0;  // G, M, F; each at least 1
@@ -31,12 +35,34 @@ struct ActivationProblem {
   bool pow2 = false;
   void* x = nullptr;
   void* dy = nullptr;
+  void* weight = nullptr;
   void* group_sizes = nullptr;
   void* row_data = nullptr;
   void* row_scale = nullptr;
   void* column_data = nullptr;
   void* column_scale = nullptr;
+  void* weight_grad = nullptr;
 };
+
+constexpr bool is_of_rows_only(ActivationProblem::Kind kind) {
+  using Kind = ActivationProblem::Kind;
+  return kind == Kind::kRows || kind == Kind::kWeightedRows;
+}
+constexpr bool is_gradient(ActivationProblem::Kind kind) {
+  using Kind = ActivationProblem::Kind;
+  return kind == Kind::kGradBoth || kind == Kind::kRaggedGradBoth ||
+         kind == Kind::kRaggedWeightedGradBoth;
+}
+constexpr bool is_weighted(ActivationProblem::Kind kind) {
+  using Kind = ActivationProblem::Kind;
+  return kind == Kind::kWeightedRows || kind == Kind::kRaggedWeightedBoth ||
+         kind == Kind::kRaggedWeightedGradBoth;
+}
+constexpr bool is_ragged(ActivationProblem::Kind kind) {
+  using Kind = ActivationProblem::Kind;
+  return kind == Kind::kRaggedBoth || kind == Kind::kRaggedGradBoth ||
+         kind == Kind::kRaggedWeightedBoth || kind == Kind::kRaggedWeightedGradBoth;
+}
 
 // The launch that computes `problem`, which the contract has checked, on a device of `device_sms`
 // multiprocessors. Throws PlanError for a problem of more blocks than a grid holds.

@@ -40,14 +40,19 @@ struct Grid {
   uint32_t ctas, threads;
 };
 
-// Rows share nothing, so a small problem is spread over all multiprocessors in small CTAs: a warp
-// takes 8 rows of 32 vectors of 16 bytes (quantize_rows.cu, activation_rows.cu).
-inline Grid rows_grid(const char* name, int64_t rows, int64_t cols, DType in, int device_sms) {
+// Warps that take 32 vectors of 16 bytes of each of `runs` runs of rows. They share nothing, so a
+// small problem is spread over all multiprocessors in small CTAs.
+inline Grid warps_grid(const char* name, int64_t runs, int64_t cols, DType in, int device_sms) {
   const int64_t vectors = 32 * 16 / size_in_bytes(in);
-  uint32_t tiles = checked_grid(name, {ceil_div<int64_t>(rows, 8), ceil_div(cols, vectors)});
+  uint32_t tiles = checked_grid(name, {runs, ceil_div(cols, vectors)});
   uint32_t warps = 8;
   while (warps > 1 && tiles < static_cast<int64_t>(warps) * 2 * device_sms) warps /= 2;
   return {static_cast<uint32_t>(ceil_div<int64_t>(tiles, warps)), warps * 32};
+}
+
+// Of the kernels whose warps take 8 rows: quantize_rows.cu, activation_rows.cu, gather_rows.cu.
+inline Grid rows_grid(const char* name, int64_t rows, int64_t cols, DType in, int device_sms) {
+  return warps_grid(name, ceil_div<int64_t>(rows, 8), cols, in, device_sms);
 }
 
 // As kernels are named.

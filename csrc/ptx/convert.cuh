@@ -19,6 +19,20 @@ __device__ __forceinline__ uint16_t cvt_rn_satfinite_e5m2x2_f32(float a, float b
   return d;
 }
 
+// Data Movement and Conversion Instructions, cvt: exact; the lower byte becomes the lower half. NaN
+// stays NaN.
+__device__ __forceinline__ uint32_t cvt_rn_f16x2_e4m3x2(uint16_t a) {
+  uint32_t d;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(d) : "h"(a));
+  return d;
+}
+
+__device__ __forceinline__ uint32_t cvt_rn_f16x2_e5m2x2(uint16_t a) {
+  uint32_t d;
+  asm("cvt.rn.f16x2.e5m2x2 %0, %1;" : "=r"(d) : "h"(a));
+  return d;
+}
+
 // Data Movement and Conversion Instructions, cvt: exact.
 __device__ __forceinline__ float cvt_f32_f16(uint16_t a) {
   float d;

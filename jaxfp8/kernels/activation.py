@@ -23,13 +23,7 @@ from .._primitives.mesh import is_explicit
 from .._primitives.sharded_operation import ShardedOperation
 from ._mapped import mapped
 from .named import Named, named, scale_dims_of
-from .quantize import (
-    columns,
-    quantize_ragged_both_leaf,
-    quantize_ragged_columns_leaf,
-    quantize_rows_leaf,
-    rows,
-)
+from .quantize import columns, rows
 from .tokens import cuts_blocks, order_tokens, reference_ragged_columns
 
 ACTIVATIONS = ("silu", "gelu")
@@ -176,6 +170,8 @@ def _activation(name, reference, row_axes, column_axes=None):
         layouts[1] = _M_MAJOR[row_axes]
         if column_axes is not None:
             layouts[3] = _COLUMN_MAJOR[column_axes]
+        if len(results) > 4:  # the weights' gradient
+            layouts[4] = _M_MAJOR["m"]
         call = timed_call(_ffi.target(name), results, output_layouts=layouts)
         index = np.int32(ACTIVATIONS.index(activation))
         return call(*arrays, activation=index, pow2=np.bool_(pow2))
@@ -194,42 +190,14 @@ activation_ragged_grad_both_leaf = _activation(
 )
 
 
-def _weighted_rows_call(x, weight, *, activation, dtype, pow2):
-    y = activate_weighted(x, weight, activation)
-    return quantize_rows_leaf(y, dtype=dtype, pow2=pow2)
-
-
-def _ragged_weighted_both_call(x, weight, sizes, *, activation, dtype, pow2):
-    y = activate_weighted(x, weight, activation)
-    return quantize_ragged_both_leaf(y, sizes, dtype=dtype, pow2=pow2)
-
-
-def _ragged_weighted_grad_both_call(x, dy, weight, sizes, *, activation, dtype, pow2):
-    dx, dweight = activate_weighted_grad(x, dy, weight, activation)
-    m, a, f = dx.shape
-    row = [v.reshape(m, a, v.shape[-1] // a) for v in _halves_rows(dx, dtype, pow2)]
-    columns = quantize_ragged_columns_leaf(dx.reshape(m, a * f), sizes, dtype=dtype, pow2=pow2)
-    return [*row, *(v.reshape(a, f, v.shape[-1]) for v in columns), dweight]
-
-
-def _halves_rows(dx, dtype, pow2):
-    m, a, f = dx.shape
-    data, scale = quantize_rows_leaf(dx.reshape(m * a, f), dtype=dtype, pow2=pow2)
-    return [data.reshape(m, a * f), scale.reshape(m, -1)]
-
-
-activation_weighted_rows_leaf = Leaf(
-    "jaxfp8_activation_weighted_rows_leaf", _reference_weighted_rows, _weighted_rows_call
+activation_weighted_rows_leaf = _activation(
+    "activation_weighted_rows", _reference_weighted_rows, "m"
 )
-activation_ragged_weighted_both_leaf = Leaf(
-    "jaxfp8_activation_ragged_weighted_both_leaf",
-    _reference_ragged_weighted_both,
-    _ragged_weighted_both_call,
+activation_ragged_weighted_both_leaf = _activation(
+    "activation_ragged_weighted_both", _reference_ragged_weighted_both, "m", "f"
 )
-activation_ragged_weighted_grad_both_leaf = Leaf(
-    "jaxfp8_activation_ragged_weighted_grad_both_leaf",
-    _reference_ragged_weighted_grad_both,
-    _ragged_weighted_grad_both_call,
+activation_ragged_weighted_grad_both_leaf = _activation(
+    "activation_ragged_weighted_grad_both", _reference_ragged_weighted_grad_both, "ma", "af"
 )
 
 

@@ -14,17 +14,21 @@ gathered array, to the bit). Rows that are FP8 already keep their data and scale
 
 from __future__ import annotations
 
+import functools
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from .. import _ffi
 from .._arrays.blocks import ROW, dequantize_blocks, quantize_blocks
 from .._arrays.recipe import Format
 from .._primitives.call import Call
-from .._primitives.leaf import Leaf
+from .._primitives.leaf import Leaf, timed_call
 from .._primitives.sharded_operation import ShardedOperation
 from ._mapped import mapped
-from .named import Named, named, scale_dims_of
-from .quantize import quantize_ragged_both_leaf, quantize_ragged_columns_leaf, quantize_rows_leaf
+from .named import ROW_SCALE, Named, named, scale_dims_of
 from .tokens import quantize_token_axis, token_axis
 
 # --------------------------------------------------------------------------------------------------
@@ -96,41 +100,33 @@ def _reference_fp8_both(data, scale, source, sizes, *, pow2):
 # --------------------------------------------------------------------------------------------------
 
 
-def _rows_call(x, source, *, dtype, pow2):
-    return quantize_rows_leaf(take_rows(x, source), dtype=dtype, pow2=pow2)
+def _layout(array, m_major):
+    return ROW_SCALE[2] if m_major else tuple(range(array.ndim))
 
 
-def _columns_call(x, source, sizes, *, dtype, pow2):
-    return quantize_ragged_columns_leaf(take_rows(x, source), sizes, dtype=dtype, pow2=pow2)
+def _gather(name, reference):
+    """The leaf of a gather; its scales, every second result, lie M-major."""
+
+    def custom_call(*arrays, **params):
+        results = jax.eval_shape(functools.partial(reference, **params), *arrays)
+        if any(0 in v.shape for v in (*arrays, *results)):
+            return reference(*arrays, **params)
+        of_fp8 = arrays[0].dtype.itemsize == 1  # then its scales come second
+        call = timed_call(
+            _ffi.target(name),
+            results,
+            input_layouts=[_layout(v, of_fp8 and i == 1) for i, v in enumerate(arrays)],
+            output_layouts=[_layout(v, i % 2 == 1) for i, v in enumerate(results)],
+        )
+        return call(*arrays, **{k: np.bool_(v) for k, v in params.items() if k == "pow2"})
+
+    return Leaf(f"jaxfp8_{name}_leaf", reference, custom_call)
 
 
-def _both_call(x, source, sizes, *, dtype, pow2):
-    return quantize_ragged_both_leaf(take_rows(x, source), sizes, dtype=dtype, pow2=pow2)
-
-
-def _fp8_columns_call(data, scale, source, sizes, *, pow2):
-    row, row_scale = _reference_fp8_rows(data, scale, source)
-    rows = dequantize_blocks(row, row_scale, ROW)
-    return quantize_ragged_columns_leaf(rows, sizes, dtype=data.dtype, pow2=pow2)
-
-
-def _fp8_both_call(data, scale, source, sizes, *, pow2):
-    rows = _reference_fp8_rows(data, scale, source)
-    return [*rows, *_fp8_columns_call(data, scale, source, sizes, pow2=pow2)]
-
-
-gather_quantize_rows_leaf = Leaf("jaxfp8_gather_quantize_rows_leaf", _reference_rows, _rows_call)
-gather_quantize_columns_leaf = Leaf(
-    "jaxfp8_gather_quantize_columns_leaf", _reference_columns, _columns_call
-)
-gather_quantize_both_leaf = Leaf("jaxfp8_gather_quantize_both_leaf", _reference_both, _both_call)
-gather_rows_leaf = Leaf("jaxfp8_gather_rows_leaf", _reference_fp8_rows, _reference_fp8_rows)
-gather_requantize_columns_leaf = Leaf(
-    "jaxfp8_gather_requantize_columns_leaf", _reference_fp8_columns, _fp8_columns_call
-)
-gather_requantize_both_leaf = Leaf(
-    "jaxfp8_gather_requantize_both_leaf", _reference_fp8_both, _fp8_both_call
-)
+gather_quantize_rows_leaf = _gather("gather_quantize_rows", _reference_rows)
+gather_quantize_both_leaf = _gather("gather_quantize_both", _reference_both)
+gather_rows_leaf = _gather("gather_rows", _reference_fp8_rows)
+gather_requantize_both_leaf = _gather("gather_requantize_both", _reference_fp8_both)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -145,14 +141,8 @@ def _gather_operation(name, leaf, pinned):
 
 _PINNED = ("m", "g", "t")
 _rows_operation = _gather_operation("gather_quantize_rows", gather_quantize_rows_leaf, ())
-_columns_operation = _gather_operation(
-    "gather_quantize_columns", gather_quantize_columns_leaf, _PINNED
-)
 _both_operation = _gather_operation("gather_quantize_both", gather_quantize_both_leaf, _PINNED)
 _fp8_rows_operation = _gather_operation("gather_rows", gather_rows_leaf, ())
-_fp8_columns_operation = _gather_operation(
-    "gather_requantize_columns", gather_requantize_columns_leaf, _PINNED
-)
 _fp8_both_operation = _gather_operation(
     "gather_requantize_both", gather_requantize_both_leaf, _PINNED
 )
@@ -178,14 +168,6 @@ def rows(x, dims, source, source_dims, fmt: Format) -> Named:
     return row
 
 
-def columns(x, dims, source, source_dims, sizes, sizes_dims, fmt: Format) -> Named:
-    """x (s, k) gathered by `source` (m) -> (k, t): 1x128 along the group-padded token axis."""
-    ins = (dims, source_dims, sizes_dims)
-    out = (*_new(*ins), dims[-1], "t")
-    (column,) = _bind(_columns_operation, (x, source, sizes), ins, (out,), **fmt._asdict())
-    return column
-
-
 def rows_and_columns(
     x, dims, source, source_dims, sizes, sizes_dims, fmt: Format
 ) -> tuple[Named, Named]:
@@ -207,18 +189,6 @@ def fp8_rows(q: Named, source, source_dims) -> Named:
     out = (*_new(q.dims, source_dims), "m", q.dims[-1])
     (row,) = _bind(_fp8_rows_operation, (*arrays, source), (*ins, source_dims), (out,))
     return row
-
-
-def fp8_columns(q: Named, source, source_dims, sizes, sizes_dims, pow2: bool) -> Named:
-    """q (s, k), 1x128 along k, gathered by `source` (m) -> (k, t): 1x128 along the group-padded token axis.
-
-    `pow2`: whether the columns' scales are powers of two.
-    """
-    arrays, ins = _parts(q)
-    ins = (*ins, source_dims, sizes_dims)
-    out = (*_new(*ins), q.dims[-1], "t")
-    (column,) = _bind(_fp8_columns_operation, (*arrays, source, sizes), ins, (out,), pow2=pow2)
-    return column
 
 
 def fp8_rows_and_columns(

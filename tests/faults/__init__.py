@@ -2,7 +2,7 @@
 
     python -m tests.mutations        plants every fault, prints what finds it; fails if one is missed
 
-ptx.py reads and changes a kernel; gemm.py, quantize.py and activation.py hold the faults; runs.py executes them.
+ptx.py reads and changes a kernel; gemm.py, quantize.py, activation.py and moe.py hold the faults; runs.py runs them.
 
 An edit describes its place by what the instructions do: which barrier a wait belongs to (told from
 the addresses that `mbarrier.init` gets), what defines an operand, which instruction comes next to
@@ -17,7 +17,7 @@ Left out, because they change nothing that a run could show:
   - `__syncwarp`: warps run in step in the emulator.
 """
 
-from tests.faults import activation, gemm, quantize  # noqa: F401 (each adds to MUTATIONS)
+from tests.faults import activation, gemm, moe, quantize  # noqa: F401 (each adds to MUTATIONS)
 from tests.faults.ptx import MUTATIONS
 
 __all__ = ["MUTATIONS"]

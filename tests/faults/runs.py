@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from jaxfp8 import _ffi
-from tests import emulator, kernel_launch, oracle, oracle_activation, oracle_quantize
+from tests import emulator, kernel_launch, oracle, oracle_activation, oracle_moe, oracle_quantize
 from tests.faults import MUTATIONS
 from tests.faults.ptx import WRONG_RESULT, Ptx, kernel_text
 from tests.kernel_launch import BF16, E4M3, E5M2, F16, F32
@@ -156,6 +156,72 @@ def activation(kind, x, *, name="gelu", sizes=None, pow2=False, exact=False):
         kind, x, dy, E4M3, activation=name, pow2=pow2, group_sizes=sizes
     )
     return Run(*planned, check)
+
+
+def gather(kind, x, index, *, sizes=None, band=None):
+    """Rows gathered by index, whose results must equal the oracle's bit for bit; x is high precision, or FP8 rows."""
+    if "_quantize" not in f"_{kind}":
+        x = oracle_quantize.quantize_blocks(x)
+    options = {} if sizes is None else {"group_sizes": sizes}
+    plan, operands, results = kernel_launch.gather_call(kind, x, index, **options)
+    if band is not None:
+        plan = kernel_launch.with_band(plan, band)
+    want = kernel_launch.gather_outputs(kind, x, index, **options)
+
+    def check(*got):
+        with wrong():
+            kernel_launch.assert_same_bytes(got, want)
+
+    return Run(plan, operands, results, check)
+
+
+def sum_of_rows(rows, position, weight=None, *, out=F32):
+    """A sum of rows in order; without weights also the signs of zeros are compared."""
+
+    def check(got):
+        with wrong():
+            oracle_moe.assert_sum_of_rows(got, rows, position, weight)
+            if weight is None:
+                want = oracle_moe.sum_rows_in_order(rows, position)
+                np.testing.assert_array_equal(
+                    np.signbit(got[want == 0]), np.signbit(want[want == 0])
+                )
+
+    return Run(*kernel_launch.sum_call(rows, position, weight, out=out), check)
+
+
+def weighted_activation(kind, m, f, *, sizes=None):
+    """On saturated operands: equal to the oracle bit for bit, the weights' gradient within its bound."""
+    x = oracle_activation.saturated(m + f, (m, 2, f), BF16)
+    dy = oracle_activation.cotangents(m + f, (m, f), BF16) if "grad" in kind else None
+    weight = kernel_launch.row_weights(m, m)
+    scaled = weight.astype(np.float64)[:, None]
+    if dy is None:
+        y = oracle_activation.activate(x, "silu") * scaled
+    else:
+        y = oracle_activation.gradient(x, dy.astype(np.float64) * scaled, "silu")
+    want = oracle_activation.outputs(kind.replace("weighted_", ""), y, group_sizes=sizes)
+
+    def check(*got):
+        with wrong():
+            if dy is not None:
+                *got, gradient = got
+                oracle_activation.assert_weight_gradient(gradient, x, dy, "silu")
+            kernel_launch.assert_same_bytes(got, want)
+
+    return Run(
+        *kernel_launch.weighted_call(
+            kind, x, dy, weight, E4M3, activation="silu", group_sizes=sizes
+        ),
+        check,
+    )
+
+
+def positions():
+    """Of eleven choices of six tokens: one of none, one that lost a row."""
+    position = kernel_launch.indices(21, (6, 11), 9, lies=False)
+    position[2], position[4, 3] = -1, 9
+    return position
 
 
 def gates(shape):
@@ -314,6 +380,35 @@ RUNS = {
     "activation ragged": lambda: activation(
         "ragged_grad_both", saturated_with((60, 2, 40), np.nan, np.inf),
         sizes=[3, -2, 40], exact=True,
+    ),
+    "gathered rows": lambda: gather(
+        "quantize_rows", kernel_launch.matrices(13, (11, 264), BF16), kernel_launch.indices(13, 21, 11)
+    ),
+    "gathered groups": lambda: gather(
+        "quantize_both", with_nan(kernel_launch.matrices(14, (11, 40), BF16)),
+        kernel_launch.indices(14, 110, 11), sizes=[3, -2, 100],
+    ),
+    # Three blocks of columns in bands of two.
+    "gathered bands": lambda: gather(
+        "quantize_both", kernel_launch.matrices(15, (11, 272), BF16),
+        kernel_launch.indices(15, 20, 11), sizes=[20], band=2,
+    ),
+    "moved rows": lambda: gather(
+        "rows", kernel_launch.matrices(16, (11, 272), BF16), kernel_launch.indices(16, 21, 11)
+    ),
+    "moved groups": lambda: gather(
+        "requantize_both", with_nan(kernel_launch.matrices(17, (11, 40), BF16)),
+        kernel_launch.indices(17, 110, 11), sizes=[3, -2, 100],
+    ),
+    "summed rows": lambda: sum_of_rows(kernel_launch.matrices(18, (9, 45), BF16), positions()),
+    "summed rows with weights": lambda: sum_of_rows(
+        kernel_launch.matrices(19, (9, 40), BF16), positions(),
+        np.random.default_rng(19).standard_normal((6, 11)).astype(F32), out=BF16,
+    ),
+    "weighted rows": lambda: weighted_activation("weighted_rows", 13, 264),
+    "weighted groups": lambda: weighted_activation("ragged_weighted_both", 60, 40, sizes=[3, -2, 50]),
+    "weighted gradient": lambda: weighted_activation(
+        "ragged_weighted_grad_both", 60, 40, sizes=[3, -2, 50]
     ),
 }  # fmt: skip
 

@@ -48,12 +48,29 @@ struct Activation {
   }
 };
 
-// Loads vectors from R rows of x (rows of A * F elements) and computes their activation. Rows are
-// taken `kAtOnce` at a time: all their loads are issued before the first use.
-template <class In, bool kGated, int R>
+// A factor for each of R neighbouring rows, which `kLanes` neighbouring lanes share: each lane
+// loads one, and lanes of the warp ask one another. Without weights (null) it is not used.
+template <int R, int kLanes>
+struct RowWeights {
+  static_assert(R <= kLanes);
+  float own = 1.0f;  // of row threadIdx.x % R
+
+  RowWeights() = default;
+  // `rows` of them exist from `weight` on.
+  __device__ RowWeights(const float* weight, int rows) {
+    int lane = threadIdx.x % R;
+    if (lane < rows) own = __ldg(weight + lane);
+  }
+  __device__ float operator[](int i) const { return __shfl_sync(kFullWarp, own, i, kLanes); }
+};
+
+// Loads vectors from R rows of x (rows of A * F elements) and computes their activation, times the
+// row's weight with kWeighted. Rows are taken `kAtOnce` at a time: all their loads are issued
+// before the first use.
+template <class In, bool kGated, bool kWeighted = false, int R>
 __device__ void load_activations(Vector<Value<In>> (&v)[R], const uint8_t* source, int64_t f,
-                                 int rows, int columns, int alignment,
-                                 const Activation& activation) {
+                                 int rows, int columns, int alignment, const Activation& activation,
+                                 const RowWeights<R, Vector<In>::kLanes>& weights = {}) {
   constexpr int kAtOnce = 8;
   static_assert(R % kAtOnce == 0);
   int64_t half = f * sizeof(typename In::Bits), pitch = kGated ? 2 * half : half;
@@ -66,14 +83,45 @@ __device__ void load_activations(Vector<Value<In>> (&v)[R], const uint8_t* sourc
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
+      float weight = 1.0f;
+      if constexpr (kWeighted) weight = weights[r + i];
 #pragma unroll
       for (int j = 0; j < Vector<In>::kSize; ++j) {
         float y = Activation::value(activation.at(gate[i].element(j)));
         if constexpr (kGated) y = ptx::mul_rn_f32(y, up[i].element(j));
+        if constexpr (kWeighted) y = ptx::mul_rn_f32(y, weight);
         v[r + i].words[j] = __float_as_uint(y);
       }
     }
   }
+}
+
+// Rows only, by warps that share nothing: each takes 8 rows of 256 columns of F (128 for float32),
+// as in quantize_rows.cu. `weight` (M) with kWeighted.
+template <class In, class Out, bool kGated, bool kWeighted = false>
+__device__ void activation_rows(const uint8_t* x, uint8_t* data, float* scale, int64_t m, int64_t f,
+                                const Activation& activation, bool pow2,
+                                const float* weight = nullptr) {
+  constexpr int kRows = 8;
+  constexpr int kColumns = 32 * Vector<In>::kSize;
+
+  int lane = threadIdx.x % 32;
+  uint32_t tile = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+  uint32_t tiles_per_row = static_cast<uint32_t>((f + kColumns - 1) / kColumns);
+  int64_t row = static_cast<int64_t>(tile / tiles_per_row) * kRows;
+  int64_t column = static_cast<int64_t>(tile % tiles_per_row) * kColumns + lane * Vector<In>::kSize;
+  if (row >= m) return;  // the whole warp
+
+  int rows = static_cast<int>(min(static_cast<int64_t>(kRows), m - row));
+  int columns = static_cast<int>(min(static_cast<int64_t>(Vector<In>::kSize), f - column));
+  int64_t half = f * sizeof(typename In::Bits);
+  RowWeights<kRows, Vector<In>::kLanes> weights;
+  if constexpr (kWeighted) weights = {weight + row, rows};
+  Vector<Value<In>> v[kRows];
+  load_activations<In, kGated, kWeighted>(
+      v, x + row * (kGated ? 2 : 1) * half + column * sizeof(typename In::Bits), f, rows, columns,
+      row_alignment(x, half), activation, weights);
+  store_row_blocks<Value<In>, Out>(v, data, scale, row, column, m, f, pow2);
 }
 
 // A tile's values in shared memory, each thread's own: no barrier, no bank conflict.
@@ -100,13 +148,35 @@ struct ParkedTile {
   }
 };
 
-// Loads a thread's part of a tile of x and of dy (rows of F elements) and computes the gradient of
-// x: v gets that of the gate (or of x), `parked` that of up.
+// Stores the sums of each of two rows' values over the kLanes lanes that share the rows, those of
+// `rows` that exist, in a fixed order: at first each half of the lanes takes one row.
+template <int kLanes>
+__device__ void store_row_sums(float first, float second, float* target, int rows) {
+  bool upper = threadIdx.x & (kLanes / 2);
+  float kept = upper ? second : first, sent = upper ? first : second;
+  float sum = ptx::add_rn_f32(kept, __shfl_xor_sync(kFullWarp, sent, kLanes / 2));
+#pragma unroll
+  for (int distance = kLanes / 4; distance > 0; distance /= 2) {
+    sum = ptx::add_rn_f32(sum, __shfl_xor_sync(kFullWarp, sum, distance));
+  }
+  if (threadIdx.x % (kLanes / 2) == 0 && upper < rows) target[upper] = sum;
+}
+
+// CTAs of a gradient's kernel that share a multiprocessor: the 16 rows a thread of float32 inputs
+// with gates do not fit into half of the registers.
 template <class In, bool kGated>
+constexpr int kGradientCtasPerSm = kGated && Vector<In>::kSize == 4 ? 1 : 2;
+
+// Loads a thread's part of a tile of x and of dy (rows of F elements) and computes the gradient of
+// x: v gets that of the gate (or of x), `parked` that of up. With kWeighted dy is of the weighted
+// activation, and weight_gradient, a place for each row, gets the sum of dy times the activation.
+template <class In, bool kGated, bool kWeighted>
 __device__ void load_gradients(Vector<Value<In>> (&v)[Tile<In>::kRows], ParkedTile<In>* parked,
                                const uint8_t* x, const uint8_t* dy, int64_t f, int rows,
                                int columns, int x_alignment, int dy_alignment,
-                               const Activation& activation) {
+                               const Activation& activation,
+                               const RowWeights<Tile<In>::kRows, Vector<In>::kLanes>& weights,
+                               float* weight_gradient) {
   constexpr int kAtOnce = 2;
   int64_t half = f * sizeof(typename In::Bits), pitch = kGated ? 2 * half : half;
 #pragma unroll
@@ -117,13 +187,22 @@ __device__ void load_gradients(Vector<Value<In>> (&v)[Tile<In>::kRows], ParkedTi
       load_rows(up, x + r * pitch + half, pitch, rows - r, columns, x_alignment);
     }
     load_rows(cotangent, dy + r * half, half, rows - r, columns, dy_alignment);
+    float products[kAtOnce] = {};
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       Vector<Value<In>> up_gradient;
+      float weight = 1.0f;
+      if constexpr (kWeighted) weight = weights[r + i];
 #pragma unroll
       for (int j = 0; j < Vector<In>::kSize; ++j) {
         float c = cotangent[i].element(j);
         Activation::Point point = activation.at(gate[i].element(j));
+        if constexpr (kWeighted) {
+          float y = Activation::value(point);
+          if constexpr (kGated) y = ptx::mul_rn_f32(y, up[i].element(j));
+          products[i] = ptx::fma_rn_f32(c, y, products[i]);
+          c = ptx::mul_rn_f32(c, weight);
+        }
         if constexpr (kGated) {
           up_gradient.words[j] = __float_as_uint(ptx::mul_rn_f32(c, Activation::value(point)));
           c = ptx::mul_rn_f32(c, up[i].element(j));
@@ -132,16 +211,27 @@ __device__ void load_gradients(Vector<Value<In>> (&v)[Tile<In>::kRows], ParkedTi
       }
       if constexpr (kGated) parked->put(r + i, up_gradient);
     }
+    if constexpr (kWeighted) {
+      store_row_sums<Vector<In>::kLanes>(products[0], products[1], weight_gradient + r, rows - r);
+    }
   }
 }
+
+// The factor of each row (M) and the place of its gradient (M, FB), of which each block of F has
+// its part: gradient[fb * M + m]. Null: none.
+struct WeightArrays {
+  const float* weight = nullptr;
+  float* gradient = nullptr;
+};
 
 // One tile of F, of y or, with `kGradient`, of both halves of the gradient of x. Without
 // group_sizes the tokens are the M rows of each of G matrices; with them G is the number of groups
 // of the one matrix, and the token axis is group-padded.
-template <class In, class Out, bool kGated, bool kGradient>
+template <class In, class Out, bool kGated, bool kGradient, bool kWeighted = false>
 __device__ void quantize_activation(const uint8_t* x, const uint8_t* dy, const int32_t* group_sizes,
                                     const Outputs& out, int64_t g, int64_t m, int64_t f,
-                                    const Activation& activation, bool pow2, void* dynamic_shared) {
+                                    const Activation& activation, bool pow2, void* dynamic_shared,
+                                    const WeightArrays& weighted = {}) {
   constexpr int kElementBytes = sizeof(typename In::Bits);
   constexpr int kHalves = kGated ? 2 : 1;                // of x
   constexpr int kResults = kGated && kGradient ? 2 : 1;  // halves of the results
@@ -183,11 +273,15 @@ __device__ void quantize_activation(const uint8_t* x, const uint8_t* dy, const i
     const uint8_t* corner = x + first * kHalves * half + offset;
     int rows = region.rows - tile_row, columns = region.columns - tile_column;
     int alignment = row_alignment(x, half);
+    RowWeights<Tile<In>::kRows, Vector<In>::kLanes> weights;
+    if constexpr (kWeighted) weights = {weighted.weight + first, rows};
     if constexpr (kGradient) {
-      load_gradients<In, kGated>(v, parked, corner, dy + first * half + offset, f, rows, columns,
-                                 alignment, row_alignment(dy, half), activation);
+      load_gradients<In, kGated, kWeighted>(v, parked, corner, dy + first * half + offset, f, rows,
+                                            columns, alignment, row_alignment(dy, half), activation,
+                                            weights, weighted.gradient + tile.column * m + first);
     } else {
-      load_activations<In, kGated>(v, corner, f, rows, columns, alignment, activation);
+      load_activations<In, kGated, kWeighted>(v, corner, f, rows, columns, alignment, activation,
+                                              weights);
     }
   }
 #pragma unroll 1

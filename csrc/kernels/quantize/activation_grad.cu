@@ -12,16 +12,9 @@
 // gates, whose 16 rows a thread do not fit into half of the registers).
 #include "activation.cuh"
 
-namespace jaxfp8::activation {
-
-template <class In, bool kGated>
-constexpr int kCtasPerSm = kGated && Vector<In>::kSize == 4 ? 1 : 2;
-
-}  // namespace jaxfp8::activation
-
 #define JAXFP8_ACTIVATION_GRAD_OF(name, kGated, In, Out)                                       \
   extern "C" __global__ void __launch_bounds__(                                                \
-      256, (jaxfp8::activation::kCtasPerSm<jaxfp8::quantize::In, kGated>))                     \
+      256, (jaxfp8::activation::kGradientCtasPerSm<jaxfp8::quantize::In, kGated>))             \
       name(const uint8_t* x, const uint8_t* dy, const int32_t* group_sizes, uint8_t* row_data, \
            float* row_scale, uint8_t* column_data, float* column_scale, int64_t g, int64_t m,  \
            int64_t f, int32_t activation, int32_t pow2) {                                      \

@@ -84,4 +84,10 @@ struct E5M2 {
   X(f16, F16, e5m2, E5M2)           \
   X(f32, F32, e4m3, E4M3)           \
   X(f32, F32, e5m2, E5M2)
+// Of what products made: they write no float16.
+#define JAXFP8_PRODUCT_FORMATS(X) \
+  X(bf16, BF16, e4m3, E4M3)       \
+  X(bf16, BF16, e5m2, E5M2)       \
+  X(f32, F32, e4m3, E4M3)         \
+  X(f32, F32, e5m2, E5M2)
 // clang-format on

@@ -94,7 +94,8 @@ __device__ void quantize_tile(const Vector<In> (&v)[Tile<In>::kRows], const Regi
   }
   if constexpr (kWithRows) {
     RowBlocks<In, Out, kRows> blocks(row_amax, pow2);
-    int alignment = row_alignment(arrays.row_data, region.row_pitch);
+    // A half of a row may end inside a vector that its pitch, of two halves, has room for.
+    int alignment = row_alignment(arrays.row_data, region.row_pitch | region.columns);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       float inverse = blocks.inverse_of(i);

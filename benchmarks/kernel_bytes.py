@@ -150,7 +150,7 @@ def table() -> str:
         "",
         f"A ragged kernel's one group has {GROUPED} of the {ROWS} rows; its CTAs read its size, too.",
         f"Gathers take each of the {ROWS} rows once; sums add {CHOICES} rows to one.",
-        "Every lane of a row reads its index, weight and scale from the same word: of a mixture's kernels the least has",
+        "Every lane of a row reads its index, weight and scale from the same word: of a mixture's the least has",
         "only the rows, and what is read past it is these words.",
     ]
     return "\n".join(lines)

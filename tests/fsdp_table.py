@@ -28,6 +28,15 @@ FORMS = {
 }
 
 
+HIDING = {
+    "xla_gpu_enable_while_loop_unrolling": "WHILE_LOOP_UNROLLING_DOUBLE_BUFFER",
+    "xla_gpu_reduce_scatter_combine_threshold_bytes": 1,
+    "xla_gpu_all_gather_combine_threshold_bytes": 1,
+    "xla_gpu_experimental_parallel_collective_overlap_limit": 16,
+}
+"""What makes XLA's scheduler put products beside collectives: benchmarks/NOTES.md."""
+
+
 def fsdp_step(products: str, form: str, devices: str, **options: Any):
     """The function and its abstract arguments; weight gradients in bfloat16."""
     build, axis_type = FORMS[form]
@@ -66,11 +75,12 @@ def main() -> None:
     parser.add_argument("--form", nargs="*", choices=FORMS, default=["automatic"])
     parser.add_argument("--products", nargs="*", default=["bf16", "linear", "mlp"])
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--hiding", action="store_true", help="with the options of HIDING")
     parser.add_argument("--describe", action="store_true", help="every call and collective")
     arguments = parser.parse_args()
     bools = {"true": True, "false": False}
     options = (o.split("=", 1) for o in arguments.option)
-    options = {k: bools.get(v, v) for k, v in options}
+    options = {k: bools.get(v, v) for k, v in options} | (HIDING if arguments.hiding else {})
     print("devices  form       products  bytes  of BF16's  widest gather  hidden  temporary MiB")
     for devices in arguments.devices:
         for form in arguments.form:

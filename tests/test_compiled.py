@@ -241,3 +241,12 @@ def test_fsdp_gathers_weights_in_fp8_and_sums_gradients_in_bfloat16(products, fo
 def test_bf16_moves_six_bytes_a_parameter():
     program, _ = fsdp_program("bf16", "automatic", "64")
     assert fsdp_table.bytes_a_parameter(program) == pytest.approx(6, abs=0.05)
+
+
+def test_four_fifths_of_the_bytes_in_loops_hide_across_hosts_with_options():
+    """benchmarks/NOTES.md: which options, and what each road gave."""
+    with fsdp_table.recipe():
+        function, args = fsdp_table.fsdp_step("mlp", "automatic", "64")
+        program = compiled.compile_for(function, *args, **fsdp_table.HIDING)
+    assert fsdp_table.hidden_share(program) >= 0.8
+    assert fsdp_table.bytes_a_parameter(program) == pytest.approx(4, abs=0.05)

@@ -79,3 +79,23 @@ def test_dispatch_and_combine_take_tokens_that_explicit_axes_cut():
     got = run(put(x, ("a", "b")), put(gate, "a"), put(expert, "b"))
     assert_close(got, run(x, gate, expert), 1e-5)
     assert got[1].sharding.is_equivalent_to(put(x, ("a", "b")).sharding, 2)
+
+
+@pytest.mark.parametrize("name", ["linear", "mlp"])
+def test_custom_calls_lower_where_one_axis_is_manual_and_another_explicit(name, monkeypatch):
+    """JAX 0.12 refused the types of the calls' results."""
+    monkeypatch.setattr("jaxfp8._ffi.require_cuda_kernels", lambda operation: None)  # never run
+    shapes = {"linear": ((256, 128), (128, 128)), "mlp": ((256, 128), (128, 2, 128), (128, 128))}
+    run = getattr(jaxfp8, name)
+    specs = (P("a"), *(P() for _ in shapes[name][1:]))
+    f = jax.shard_map(run, mesh=EXPLICIT, in_specs=specs, out_specs=P("a"), axis_names={"a"})
+
+    def gradients(*arrays):
+        y, pull = jax.vjp(f, *arrays)
+        return pull(y)
+
+    arrays = [put(jnp.ones(s), *(("a", "b") if i == 0 else ())) for i, s in enumerate(shapes[name])]
+    with jax.set_mesh(EXPLICIT):
+        traced = jax.jit(gradients).trace(*arrays)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "jaxfp8_gemm_1d1d_v1" in text

@@ -48,6 +48,12 @@ def result_type(shape, dtype, operands, summed=()):
     return jax.core.ShapedArray(shape, dtype, sharding=sharding, manual_axis_type=manual)
 
 
+def call_types(results, operands) -> list:
+    """Types of a call's results: `jax.eval_shape` forgets the sharding without which JAX takes no manual axes."""
+    types = [jax.typeof(x) for x in operands]
+    return [result_type(r.shape, r.dtype, types) for r in results]
+
+
 def match_varying(arrays) -> list:
     """The arrays, cast to vary in the same manual axes, as shard_map(check_vma=True) asks of operands."""
     union = varying(*map(jax.typeof, arrays))

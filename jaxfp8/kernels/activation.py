@@ -19,7 +19,7 @@ from .._arrays.blocks import BLOCK, ROW, ceil_blocks, quantize_blocks
 from .._arrays.recipe import Format
 from .._primitives.call import Call
 from .._primitives.leaf import Leaf, timed_call
-from .._primitives.mesh import is_explicit
+from .._primitives.mesh import call_types, is_explicit
 from .._primitives.sharded_operation import ShardedOperation
 from ._mapped import mapped
 from .named import Named, named, scale_dims_of
@@ -172,7 +172,7 @@ def _activation(name, reference, row_axes, column_axes=None):
             layouts[3] = _COLUMN_MAJOR[column_axes]
         if len(results) > 4:  # the weights' gradient
             layouts[4] = _M_MAJOR["m"]
-        call = timed_call(_ffi.target(name), results, output_layouts=layouts)
+        call = timed_call(_ffi.target(name), call_types(results, arrays), output_layouts=layouts)
         index = np.int32(ACTIVATIONS.index(activation))
         return call(*arrays, activation=index, pow2=np.bool_(pow2))
 

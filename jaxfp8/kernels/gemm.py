@@ -17,6 +17,7 @@ from .._arrays.recipe import check_num_sms, current_recipe
 from .._ffi import CONTRACTION_STEP
 from .._primitives.call import Call, arrange, restore
 from .._primitives.leaf import Leaf, once, timed_call
+from .._primitives.mesh import call_types
 from .._primitives.sharded_operation import ShardedOperation
 from .configurations import check_config, config_index, product_of_call
 from .named import ROW_SCALE, Named
@@ -83,7 +84,7 @@ def product_call(name, reference, scale_operands):
         lhs, _, rhs, *_ = operands
         call = timed_call(
             _ffi.target(f"{name}_accum" if accum else name),
-            [result],
+            call_types([result], operands),
             # Each element of the lhs meets each row of the rhs, of one group.
             flops=2 * lhs.size * rhs.shape[-2],
             input_layouts=layouts,

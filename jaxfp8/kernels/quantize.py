@@ -20,7 +20,7 @@ from .._arrays.quantized_array import QuantizedArray
 from .._arrays.recipe import Format, Recipe, current_recipe, fp8_dtype, scale_format_name
 from .._primitives.call import Call, arrange
 from .._primitives.leaf import Leaf, once, timed_call
-from .._primitives.mesh import is_explicit
+from .._primitives.mesh import call_types, is_explicit
 from .._primitives.sharded_operation import ShardedOperation
 from ._mapped import mapped
 from .agreed import agreed_quantizer
@@ -70,7 +70,7 @@ def _quantizer(name, reference, row_scales):
             ROW_SCALE[v.ndim] if i in row_scales else tuple(range(v.ndim))
             for i, v in enumerate(results)
         ]
-        call = timed_call(_ffi.target(name), results, output_layouts=layouts)
+        call = timed_call(_ffi.target(name), call_types(results, arrays), output_layouts=layouts)
         return call(*arrays, pow2=np.bool_(pow2))
 
     return Leaf(f"jaxfp8_{name}_leaf", reference, custom_call)

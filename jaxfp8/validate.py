@@ -277,7 +277,7 @@ def _require_known(operation: Operation) -> None:
 
 
 def _differentiated(body):
-    return lambda call, *arrays: body(*arrays, call=call)
+    return lambda call, moving, *arrays: body(*arrays, call=call)
 
 
 _REFERENCES: dict[Operation, Callable[..., list]] = {
@@ -406,7 +406,7 @@ def _probed(operation: Operation) -> Operation:
             return transpose(cotangents)
 
         want = pull(lambda *xs: reference(*xs, call=call))
-        got = pull(lambda *xs: derivative(_plain(call), *xs))
+        got = pull(lambda *xs: derivative(_plain(call), (0, 1), *xs))
         for which, a, b in zip(("dgrad", "wgrad"), got, want, strict=True):
             probe.record(site, which, a, b)
         return (*want, *(None for _ in rest))
@@ -416,7 +416,7 @@ def _probed(operation: Operation) -> Operation:
         f"{operation.primitive.name}_probed",
         lambda *arrays, call: both(call, *arrays),
         together=operation.together,
-        derivative=lambda call, *arrays: probed(call, *arrays),
+        derivative=lambda call, moving, *arrays: probed(call, *arrays),
     )
 
 

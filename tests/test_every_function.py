@@ -9,7 +9,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxfp8
-from tests.programs import assert_same_bits
+from tests.optimization import OPTIMIZED
+from tests.programs import assert_same_bits, products, walk
 from tests.public_functions import (
     DIFFERENTIABLE,
     FUNCTIONS,
@@ -141,6 +142,58 @@ def test_a_mesh_may_be_manual_in_some_axes_and_automatic_in_others(name, check_v
 
 
 # --------------------------------------------------------------------------------------------------
+# Gradients of some arguments
+# --------------------------------------------------------------------------------------------------
+
+# Products beyond the forward ones in the gradient of each argument alone: what leads to it, then itself.
+OF_ONE = {
+    "mlp": (2, 2, 1),
+    "ragged_mlp": (2, 2, 1),
+    "moe": (2, 1, 2, 1),
+    "dispatch and combine": (0, 0),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.full if n in OF_ONE else ()) for n in DIFFERENTIABLE],
+)
+def test_the_gradient_of_one_argument_costs_its_own_products_and_has_the_same_bits(name):
+    f, arrays = call(name)
+    total = lambda *a: f(*a).astype(jnp.float32).sum()  # noqa: E731
+    together = jax.jit(gradient(f))(*arrays)
+    forward = products(jax.make_jaxpr(f)(*arrays))
+    for i, more in enumerate(OF_ONE.get(name, (1, 1))):
+        alone = jax.jit(jax.grad(total, i))
+        assert products(alone.trace(*arrays).jaxpr) == forward + more
+        assert_same_bits(alone(*arrays), together[i])
+
+
+@pytest.mark.parametrize("name", [n for n in DIFFERENTIABLE if n != "dispatch and combine"])
+def test_a_frozen_weight_leaves_no_columns(name):
+    """Only weight gradients contract tokens, so only they read columns of x or of the result's gradient."""
+    f, arrays = call(name)
+    jaxpr = jax.make_jaxpr(jax.grad(lambda *a: f(*a).astype(jnp.float32).sum()))(*arrays)
+    leaves = [e.primitive.name for e in walk(jaxpr) if e.primitive.name.endswith("_leaf")]
+    # One kernel makes the gradient of an activation, rows and columns.
+    written = [n for n in leaves if "columns" in n or "both" in n]
+    assert [n for n in written if "grad_both" not in n] == []
+
+
+def test_a_frozen_trunk_takes_no_more_memory_than_jaxs_own():
+    def temporary(product):
+        def loss(w, x):
+            y, _ = jax.lax.scan(lambda x, w: (jnp.tanh(product(x, w)), None), x, w)
+            return y.astype(jnp.float32).sum()
+
+        shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((8, 512, 512), (4096, 512))]
+        compiled = jax.jit(jax.grad(loss, argnums=1)).lower(*shapes).compile(OPTIMIZED)
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(jaxfp8.linear) <= 1.02 * temporary(jnp.dot)
+
+
+# --------------------------------------------------------------------------------------------------
 # Second derivatives
 # --------------------------------------------------------------------------------------------------
 
@@ -152,6 +205,14 @@ def loss_of(name):
         return (jnp.tanh(f(*arrays).astype(jnp.float32)) ** 2).sum()
 
     return loss, arrays
+
+
+def refusal(name):
+    allowed = {
+        "autocast": "linear",
+        "dispatch and combine": "combine|dispatch",
+    }.get(name, name.partition(",")[0])
+    return rf"({allowed}).*first derivatives only"
 
 
 SECOND = {
@@ -167,19 +228,17 @@ SECOND = {
 )
 def test_a_second_derivative_is_refused_by_the_public_name(name, how):
     loss, arrays = loss_of(name)
-    allowed = {
-        "autocast": "linear",
-        "dispatch and combine": "combine|dispatch",
-    }.get(name, name.partition(",")[0])
-    with pytest.raises(NotImplementedError, match=rf"({allowed}).*first derivatives only"):
+    with pytest.raises(NotImplementedError, match=refusal(name)):
         SECOND[how](loss)(*arrays)
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
-def test_forward_over_reverse_is_refused(name):
-    loss, arrays = loss_of(name)
-    with pytest.raises((NotImplementedError, TypeError), match="derivative|custom_vjp"):
-        jax.jvp(jax.grad(loss, 1), tuple(arrays), tuple(arrays))
+def test_a_hessian_vector_product_is_refused_by_the_public_name(name):
+    loss, (x, w, *others) = loss_of(name)
+    with pytest.raises(NotImplementedError, match=refusal(name)):
+        jax.jvp(lambda w: jax.grad(loss, 1)(x, w, *others), (w,), (w,))
+    with pytest.raises(NotImplementedError, match=refusal(name)):
+        jax.hessian(lambda t: loss(x, t * w, *others))(1.0)
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)

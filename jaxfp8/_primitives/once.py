@@ -7,6 +7,8 @@ evaluates or transposes one gets an error in place of zeros.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,6 +85,15 @@ def _marked(results, inputs, message: str):
     return jax.tree.map(one, results)
 
 
+def _stopped(inputs):
+    """`inputs` without tangents; what is no array stays."""
+
+    def one(x):
+        return jax.lax.stop_gradient(x) if isinstance(x, jax.Array) else x
+
+    return jax.tree.map(one, inputs)
+
+
 def differentiable_once(functions: str, fwd, bwd):
     """The pair for `defvjp` of a custom_vjp function, whatever its arguments are.
 
@@ -96,10 +107,34 @@ def differentiable_once(functions: str, fwd, bwd):
         "jax.numpy (autocast: a policy that keeps it); where it is not, put jax.lax.stop_gradient around the first"
     )
 
-    def marked_fwd(*arguments):
-        return _marked(fwd(*arguments), arguments, message)
+    def marked(rule):
+        # Inside, nothing has a tangent: else an inner primitive would raise first, and under its own name.
+        return lambda *arguments: _marked(rule(*_stopped(arguments)), arguments, message)
 
-    def marked_bwd(*arguments):
-        return _marked(bwd(*arguments), arguments, message)
+    return marked(fwd), marked(bwd)
 
-    return marked_fwd, marked_bwd
+
+def first_derivative(functions: str, body, fwd, bwd):
+    """The derivative of an `Operation`: `(call, moving, *arrays) -> list of arrays`, differentiable once.
+
+    `moving` holds the positions of the arrays whose gradients may be asked for. What only others' gradients need is
+    neither computed nor kept: XLA drops neither one result of a kernel that has two nor all that a loop stacks.
+
+    **Arguments:**
+
+    - `functions`: the public functions that it serves, for the error.
+    - `body`: the operation's: `(*arrays, call=...)`.
+    - `fwd`: `(call, types, moving, *arrays) -> (results, residuals)`; `types` are the arrays'.
+    - `bwd`: `(call, types, moving, residuals, cotangents)`, with every array's gradient; None where none is asked for.
+    """
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+    def function(call, types, moving, *arrays):
+        return body(*arrays, call=call)
+
+    function.defvjp(*differentiable_once(functions, fwd, bwd))
+
+    def derivative(call, moving, *arrays):
+        return function(call, tuple(map(jax.typeof, arrays)), frozenset(moving), *arrays)
+
+    return derivative

@@ -36,8 +36,8 @@ class Operation:
     - `name`: the primitive's.
     - `body`: traced once per call and types; its jaxpr becomes a parameter.
     - `together`: groups of operand positions that are mapped together (data and its scales).
-    - `derivative`: `(call, *arrays) -> list of arrays`, which is differentiated instead of the body. None: what uses
-      a tangent of the result raises.
+    - `derivative`: `(call, moving, *arrays) -> list of arrays`, which is differentiated instead of the body, with
+      respect to the arrays at the positions `moving`. None: what uses a tangent of the result raises.
     """
 
     def __init__(self, name, body, *, together=(), derivative=None):
@@ -99,6 +99,6 @@ class Operation:
             arrays = list(primals)
             for i, x in zip(moving, xs, strict=True):
                 arrays[i] = x
-            return self.derivative(call, *arrays)
+            return self.derivative(call, moving, *arrays)
 
         return jax.jvp(f, [primals[i] for i in moving], [tangents[i] for i in moving])

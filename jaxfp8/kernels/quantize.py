@@ -196,8 +196,18 @@ def columns(x, dims, tokens, fmt: Format) -> Named:
     return named(data, scale, out)
 
 
-def rows_and_columns(x, dims, tokens, fmt: Format) -> tuple[Named, Named]:
-    """`rows` and `columns` of one array; from one read, unless its dimensions come in another order."""
+def rows_and_columns(
+    x, dims, tokens, fmt: Format, *, with_rows=True, with_columns=True
+) -> tuple[Any, Any]:
+    """`rows` and `columns` of one array; from one read, unless its dimensions come in another order.
+
+    Without one of them: None in its place, and the same bits of the other.
+    """
+    if not (with_rows and with_columns):
+        return (
+            rows(x, dims, fmt) if with_rows else None,
+            columns(x, dims, tokens, fmt) if with_columns else None,
+        )
     merged, order, merged_tokens = order_tokens(x, dims, tokens, merge=True)
     _, in_place, _ = order_tokens(x, dims, tokens, merge=False)
     loses_sharding = is_explicit(jax.typeof(x)) and (order != in_place or cuts_blocks(merged))
@@ -229,8 +239,15 @@ def ragged_columns(x, dims, sizes, sizes_dims, fmt: Format) -> Named:
     return named(data, scale, out)
 
 
-def ragged_rows_and_columns(x, dims, sizes, sizes_dims, fmt: Format) -> tuple[Named, Named]:
-    """`rows` and `ragged_columns` of one array, from one read."""
+def ragged_rows_and_columns(
+    x, dims, sizes, sizes_dims, fmt: Format, *, with_rows=True, with_columns=True
+) -> tuple[Any, Any]:
+    """`rows` and `ragged_columns` of one array, from one read; without one of them, None in its place."""
+    if not (with_rows and with_columns):
+        return (
+            rows(x, dims, fmt) if with_rows else None,
+            ragged_columns(x, dims, sizes, sizes_dims, fmt) if with_columns else None,
+        )
     out = ragged_dims(dims, sizes_dims)
     row_dims = out[:-2] + dims[-2:]
     outs = (row_dims, scale_dims_of(row_dims), out, scale_dims_of(out))

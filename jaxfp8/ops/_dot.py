@@ -9,9 +9,6 @@ DESIGN: straight-through gradients of DeepSeek-V3's recipe (arXiv 2412.19437, se
 
 from __future__ import annotations
 
-import functools
-
-import jax
 import jax.numpy as jnp
 
 from .._arrays.blocks import BLOCK, ROW, SQUARE
@@ -26,11 +23,11 @@ from .._arrays.recipe import (
 from .._primitives.call import Call
 from .._primitives.leaf import once
 from .._primitives.mesh import explicit_axes, like_primal, place
-from .._primitives.once import differentiable_once
+from .._primitives.once import first_derivative
 from .._primitives.operation import Operation
 from ..kernels import quantize as qt
 from ..kernels.gemm import product
-from ..kernels.named import named, scale_dims_of
+from ..kernels.named import Named, named, scale_dims_of
 from ._residuals import load, save
 
 
@@ -73,47 +70,59 @@ def _tokens(call: Call):
     return tuple(d for d in x_dims[:-1] if d not in w_dims)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _dot(call: Call, types, x, w, *quantized):
-    return _dot_body(x, w, *quantized, call=call)
+X, W = 0, 1
+"""Positions of the operands whose gradients may be asked for."""
 
 
-def _dot_fwd(call: Call, types, x, w, *quantized):
+def _dot_fwd(call: Call, types, moving, x, w, *quantized):
     x_dims, w_dims = call.ins[:2]
     fmt = forward_format(call.get("recipe"))
     nt, nn = quantized_weight(w, w_dims, quantized, fmt)
-    rows, columns = qt.rows_and_columns(x, x_dims, _tokens(call), fmt)
-    residuals = save(nn, keep=not quantized), save(columns)
+    rows, columns = qt.rows_and_columns(x, x_dims, _tokens(call), fmt, with_columns=W in moving)
+    residuals = save(nn, keep=not quantized) if X in moving else None, save(columns)
     return _forward(rows, nt, call), residuals
 
 
-def _dot_bwd(call: Call, types, residuals, cotangents):
+def input_gradient(call: Call, x_type, dy_rows: Named, nn: Named):
+    """The gradient of x from that of the result and the weight (..., k, n)."""
     (x_dims, w_dims), (out,) = call.ins[:2], call.outs
-    recipe: Recipe = call.get("recipe")
-    forward, gradient = forward_format(recipe), gradient_format(recipe)
-    (x_type, w_type, *quantized), (dy,) = types, cotangents
-    k, n = w_dims[-2:]
-    nn_dtype = WeightCopies(*quantized).nn.dtype if quantized else forward.dtype
-    nn = load(residuals[0], nn_dtype, w_dims, SQUARE)
-    dy_rows, dy_columns = qt.rows_and_columns(dy, out, _tokens(call), gradient)
-
     # A weight-only batch dimension is summed here; every other sum is a contraction of the kernel.
-    dx_dims = out[:-1] + (k,)
+    dx_dims = out[:-1] + (w_dims[-2],)
     wanted = explicit_axes(x_type, x_dims)
-    options = result_options(recipe)
+    options = result_options(call.get("recipe"))
     dx = product(dy_rows, nn, dx_dims, x_type.dtype, wanted=wanted, **options)
-    dx = sum_to(dx, dx_dims, x_dims)
+    return like_primal(sum_to(dx, dx_dims, x_dims), x_type)
 
+
+def _weight_gradient(call: Call, w_type, saved_columns, dy_columns: Named):
+    x_dims, w_dims = call.ins[:2]
+    recipe: Recipe = call.get("recipe")
+    k, n = w_dims[-2:]
     tokens = dy_columns.dims[dy_columns.dims.index(n) + 1 :]
     dims = tuple(d for d in x_dims[:-1] if d in w_dims) + (k,) + tokens
-    columns = load(residuals[1], forward.dtype, dims, ROW)
+    columns = load(saved_columns, forward_format(recipe).dtype, dims, ROW)
     wanted = explicit_axes(w_type, w_dims)
     made, options = recipe.made_in(w_type.dtype), weight_gradient_options(recipe)
     dw = product(columns, dy_columns, w_dims, made, wanted=wanted, **options)
-    return like_primal(dx, x_type), like_primal(dw, w_type), *(None for _ in quantized)
+    return like_primal(dw, w_type)
 
 
-_dot.defvjp(*differentiable_once("linear, dot_general and einsum", _dot_fwd, _dot_bwd))
+def _dot_bwd(call: Call, types, moving, residuals, cotangents):
+    (x_type, w_type, *quantized), (dy,) = types, cotangents
+    saved_nn, saved_columns = residuals
+    recipe: Recipe = call.get("recipe")
+    which = {"with_rows": X in moving, "with_columns": W in moving}
+    dy_rows, dy_columns = qt.rows_and_columns(
+        dy, call.outs[0], _tokens(call), gradient_format(recipe), **which
+    )
+    dx = dw = None
+    if X in moving:
+        dtype = WeightCopies(*quantized).nn.dtype if quantized else forward_format(recipe).dtype
+        nn = load(saved_nn, dtype, call.ins[1], SQUARE)
+        dx = input_gradient(call, x_type, dy_rows, nn)
+    if W in moving:
+        dw = _weight_gradient(call, w_type, saved_columns, dy_columns)
+    return dx, dw, *(None for _ in quantized)
 
 
 def sum_to(y, dims, wanted):
@@ -129,7 +138,7 @@ dot_operation = Operation(
     "jaxfp8_dot",
     _dot_body,
     together=((1, 2, 3, 4, 5),),
-    derivative=lambda call, *arrays: _dot(call, tuple(map(jax.typeof, arrays)), *arrays),
+    derivative=first_derivative("linear, dot_general and einsum", _dot_body, _dot_fwd, _dot_bwd),
 )
 
 

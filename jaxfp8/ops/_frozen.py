@@ -76,7 +76,7 @@ frozen_operation = Operation(
     "jaxfp8_frozen_dot",
     _frozen_body,
     together=((1, 2),),
-    derivative=lambda call, *arrays: _frozen(call, jax.typeof(arrays[0]), *arrays),
+    derivative=lambda call, moving, *arrays: _frozen(call, jax.typeof(arrays[0]), *arrays),
 )
 
 

@@ -18,7 +18,7 @@ from .._arrays.recipe import (
 from .._primitives.call import Call
 from .._primitives.leaf import once
 from .._primitives.mesh import explicit_axes, like_primal
-from .._primitives.once import differentiable_once
+from .._primitives.once import first_derivative
 from .._primitives.operation import Operation
 from ..kernels import activation as act
 from ..kernels import quantize as qt
@@ -60,7 +60,8 @@ def _weight_gradient(call: Call, lhs, rhs, dims, type_, **options):
     recipe: Recipe = call.get("recipe")
     options |= weight_gradient_options(recipe)
     wanted = explicit_axes(type_, dims)
-    return product(lhs, rhs, dims, recipe.made_in(type_.dtype), wanted=wanted, **options)
+    dw = product(lhs, rhs, dims, recipe.made_in(type_.dtype), wanted=wanted, **options)
+    return like_primal(dw, type_)
 
 
 def _hidden(x_rows, up_nt, call: Call):
@@ -81,21 +82,33 @@ def _mlp_body(x, w_up, w_down, *quantized, call: Call):
     return _result(rows, down_nt, call)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _mlp(call: Call, types, x, w_up, w_down, *quantized):
-    return _mlp_body(x, w_up, w_down, *quantized, call=call)
+X, UP, DOWN = 0, 1, 2
+"""Positions of the operands whose gradients may be asked for."""
 
 
-def _mlp_fwd(call: Call, types, x, w_up, w_down, *quantized):
+def saved_weights(up_nn, down_nn, moving, quantized, inner):
+    """What input gradients multiply with: w_up for x, w_down for the hidden layer (`inner`)."""
+    keep = not quantized
+    up = save(up_nn, keep=keep) if X in moving else None
+    return up, save(down_nn, keep=keep) if inner else None
+
+
+def _mlp_fwd(call: Call, types, moving, x, w_up, w_down, *quantized):
     fmt = forward_format(call.get("recipe"))
     up_nt, up_nn, down_nt, down_nn = quantize_weights(w_up, w_down, quantized, call)
-    x_rows, x_columns = qt.rows_and_columns(x, call.ins[0], _up_tokens(call), fmt)
-    h = checkpoint_name(_hidden(x_rows, up_nt, call), PRE_ACTIVATION_NAME)
-    rows, columns = act.activation_rows_and_columns(
-        h, _hidden_dims(call), _down_tokens(call), fmt, call.get("activation")
+    x_rows, x_columns = qt.rows_and_columns(
+        x, call.ins[0], _up_tokens(call), fmt, with_columns=UP in moving
     )
-    weights = (save(w, keep=not quantized) for w in (up_nn, down_nn))
-    residuals = *weights, save(x_columns), save(columns), h
+    h = checkpoint_name(_hidden(x_rows, up_nt, call), PRE_ACTIVATION_NAME)
+    h_dims, activation = _hidden_dims(call), call.get("activation")
+    if DOWN in moving:
+        tokens = _down_tokens(call)
+        rows, columns = act.activation_rows_and_columns(h, h_dims, tokens, fmt, activation)
+    else:
+        rows, columns = act.activation_rows(h, h_dims, fmt, activation), None
+    inner = moving & {X, UP}
+    weights = saved_weights(up_nn, down_nn, moving, quantized, inner)
+    residuals = *weights, save(x_columns), save(columns), h if inner else None
     return _result(rows, down_nt, call), residuals
 
 
@@ -107,52 +120,58 @@ def _columns_of(saved, dtype, batch, last, tokens_like: Named):
     return load(saved, dtype, dims, ROW)
 
 
-def _mlp_bwd(call: Call, types, residuals, cotangents):
+def _hidden_gradient(call: Call, h, dy_rows, down_nn):
+    """Gradient of the activation, in high precision."""
+    out, dims = call.outs[0][:-1] + ("f",), _lead(call) + ("f",)
+    # A weight-only batch dimension is summed here; every other sum is a contraction of the kernel.
+    wanted = explicit_axes(jax.typeof(h), _hidden_dims(call))
+    wanted = tuple(w for w in wanted if w[0] != TWO)
+    da = _product(call, dy_rows, down_nn, out, call.get("hidden_dtype"), wanted=wanted)
+    return sum_to(da, out, dims)
+
+
+def _input_gradient(call: Call, x_type, dh_rows, up_nn):
+    dims, x_dims = _lead(call) + ("k",), call.ins[0]
+    options = {"wanted": explicit_axes(x_type, x_dims), "operation": gated_gemm_operation}
+    dx = _product(call, dh_rows, up_nn, dims, x_type.dtype, **options)
+    return like_primal(sum_to(dx, dims, x_dims), x_type)
+
+
+def _mlp_bwd(call: Call, types, moving, residuals, cotangents):
     (x_dims, up_dims, down_dims), (out,) = call.ins[:3], call.outs
     recipe: Recipe = call.get("recipe")
-    forward, gradient = forward_format(recipe), gradient_format(recipe)
+    forward, gradient = forward_format(recipe).dtype, gradient_format(recipe)
     (x_type, up_type, down_type, *quantized), (dy,) = types, cotangents
     saved_up, saved_down, saved_x, saved_columns, h = residuals
-    lead, h_dims = _lead(call), _hidden_dims(call)
     up_nn, down_nn = load_weights(saved_up, saved_down, quantized, call)
-    multiply = functools.partial(_product, call)
+    dx = dw_up = dw_down = None
 
-    # A weight-only batch dimension is summed here; every other sum is a contraction of the kernel.
-    tokens = _down_tokens(call)
-    dy_rows, dy_columns = qt.rows_and_columns(dy, out, tokens, gradient)
-    da_dims = lead + ("f",)
-    wanted = tuple(w for w in explicit_axes(jax.typeof(h), h_dims) if w[0] != TWO)
-    da = multiply(dy_rows, down_nn, out[:-1] + ("f",), call.get("hidden_dtype"), wanted=wanted)
-    da = sum_to(da, out[:-1] + ("f",), da_dims)
-
-    batch = tuple(d for d in lead if d in down_dims)
-    columns = _columns_of(saved_columns, forward.dtype, batch, ("f",), dy_columns)
-    dw_down = _weight_gradient(call, columns, dy_columns, down_dims, down_type)
-
-    dh_rows, dh_columns = act.activation_grad(
-        h, h_dims, da, _up_tokens(call), gradient, call.get("activation")
+    inner = bool(moving & {X, UP})
+    dy_rows, dy_columns = qt.rows_and_columns(
+        dy, out, _down_tokens(call), gradient, with_rows=inner, with_columns=DOWN in moving
     )
-    dx_dims, of_up = lead + ("k",), {"operation": gated_gemm_operation}
-    wanted = explicit_axes(x_type, x_dims)
-    dx = multiply(dh_rows, up_nn, dx_dims, x_type.dtype, wanted=wanted, **of_up)
-    dx = sum_to(dx, dx_dims, x_dims)
+    if DOWN in moving:
+        batch = tuple(d for d in _lead(call) if d in down_dims)
+        columns = _columns_of(saved_columns, forward, batch, ("f",), dy_columns)
+        dw_down = _weight_gradient(call, columns, dy_columns, down_dims, down_type)
+    if inner:
+        da = _hidden_gradient(call, h, dy_rows, down_nn)
+        dh_rows, dh_columns = act.activation_grad(
+            h, _hidden_dims(call), da, _up_tokens(call), gradient, call.get("activation")
+        )
+    if X in moving:
+        dx = _input_gradient(call, x_type, dh_rows, up_nn)
+    if UP in moving:
+        batch = tuple(d for d in x_dims[:-1] if d in up_dims)
+        columns = _columns_of(saved_x, forward, batch, ("k",), dh_columns)
+        of_up = {"operation": gated_gemm_operation}
+        dw_up = _weight_gradient(call, columns, dh_columns, up_dims, up_type, **of_up)
+    return dx, dw_up, dw_down, *(None for _ in quantized)
 
-    batch = tuple(d for d in x_dims[:-1] if d in up_dims)
-    x_columns = _columns_of(saved_x, forward.dtype, batch, ("k",), dh_columns)
-    dw_up = _weight_gradient(call, x_columns, dh_columns, up_dims, up_type, **of_up)
-    return (
-        like_primal(dx, x_type),
-        like_primal(dw_up, up_type),
-        like_primal(dw_down, down_type),
-        *(None for _ in quantized),
-    )
-
-
-_mlp.defvjp(*differentiable_once("mlp", _mlp_fwd, _mlp_bwd))
 
 mlp_operation = Operation(
     "jaxfp8_mlp",
     _mlp_body,
     together=weight_operands(3),
-    derivative=lambda call, *arrays: _mlp(call, tuple(map(jax.typeof, arrays)), *arrays),
+    derivative=first_derivative("mlp", _mlp_body, _mlp_fwd, _mlp_bwd),
 )

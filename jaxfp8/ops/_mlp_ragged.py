@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import functools
-
-import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from .._arrays.blocks import ROW
-from .._arrays.recipe import Recipe, forward_format, gradient_format, result_options
+from .._arrays.recipe import forward_format, gradient_format, result_options
 from .._primitives.call import Call
 from .._primitives.leaf import once
 from .._primitives.mesh import like_primal
-from .._primitives.once import differentiable_once
+from .._primitives.once import first_derivative
 from .._primitives.operation import Operation
 from ..kernels import activation as act
 from ..kernels import quantize as qt
+from ..kernels.activation import TWO
 from ..kernels.gated import gated_grouped_operation, gated_grouped_wgrad_operation
 from ..kernels.grouped_gemm import grouped_operation, grouped_product, grouped_wgrad_operation
 from ._dot import sum_to
+from ._mlp_dense import DOWN, UP, X, saved_weights
 from ._mlp_weights import load_weights, quantize_weights, weight_operands
 from ._residuals import PRE_ACTIVATION_NAME, load, save
 
@@ -53,80 +52,82 @@ def _ragged_body(x, w_up, w_down, sizes, *quantized, call: Call):
     return _ragged_result(rows, down_nt, sizes, call)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _ragged_mlp(call: Call, types, x, w_up, w_down, sizes, *quantized):
-    return _ragged_body(x, w_up, w_down, sizes, *quantized, call=call)
-
-
-def _ragged_fwd(call: Call, types, x, w_up, w_down, sizes, *quantized):
+def _ragged_fwd(call: Call, types, moving, x, w_up, w_down, sizes, *quantized):
     x_dims, _, _, sizes_dims = call.ins[:4]
     fmt = forward_format(call.get("recipe"))
     up_nt, up_nn, down_nt, down_nn = quantize_weights(w_up, w_down, quantized, call)
-    x_rows, x_columns = qt.ragged_rows_and_columns(x, x_dims, sizes, sizes_dims, fmt)
-    h = checkpoint_name(_ragged_hidden(x_rows, up_nt, sizes, call), PRE_ACTIVATION_NAME)
-    rows, columns = act.ragged_activation(
-        h, _hidden_dims_ragged(call), sizes, sizes_dims, fmt, call.get("activation")
+    x_rows, x_columns = qt.ragged_rows_and_columns(
+        x, x_dims, sizes, sizes_dims, fmt, with_columns=UP in moving
     )
-    weights = (save(w, keep=not quantized) for w in (up_nn, down_nn))
-    residuals = *weights, save(x_columns), save(columns), h, sizes
+    h = checkpoint_name(_ragged_hidden(x_rows, up_nt, sizes, call), PRE_ACTIVATION_NAME)
+    h_dims, activation = _hidden_dims_ragged(call), call.get("activation")
+    if DOWN in moving:
+        rows, columns = act.ragged_activation(h, h_dims, sizes, sizes_dims, fmt, activation)
+    else:
+        rows, columns = act.activation_rows(h, h_dims, fmt, activation), None
+    inner = moving & {X, UP}
+    weights = saved_weights(up_nn, down_nn, moving, quantized, inner)
+    residuals = *weights, save(x_columns), save(columns), h if inner else None, sizes
     return _ragged_result(rows, down_nt, sizes, call), residuals
 
 
-def _ragged_bwd(call: Call, types, residuals, cotangents):
+def _saved_columns(call: Call, saved, lead, last):
+    dims = tuple(dict.fromkeys(call.ins[3][:-1] + lead)) + (last, "t")
+    return load(saved, forward_format(call.get("recipe")).dtype, dims, ROW)
+
+
+def _weight_gradient(call: Call, operation, columns, grad_columns, sizes, dims, w_dims, type_):
+    """The results of a vmapped kernel have every batch dimension; those that a weight lacks are summed."""
+    made = call.get("recipe").made_in(type_.dtype)
+    dw = _ragged_product(operation, columns, grad_columns, sizes, call, dims, made)
+    return like_primal(sum_to(dw, dims, w_dims), type_)
+
+
+def _hidden_gradient(call: Call, dy_rows, down_nn, sizes):
+    """Gradient of the activation, in high precision."""
+    dims, dtype = call.outs[0][:-1] + ("f",), call.get("hidden_dtype")
+    da = _ragged_product(grouped_operation, dy_rows, down_nn, sizes, call, dims, dtype)
+    return sum_to(da, dims, tuple(d for d in _hidden_dims_ragged(call) if d != TWO))
+
+
+def _ragged_bwd(call: Call, types, moving, residuals, cotangents):
     (x_dims, up_dims, down_dims, sizes_dims), (out,) = call.ins[:4], call.outs
-    recipe: Recipe = call.get("recipe")
-    forward, gradient = forward_format(recipe), gradient_format(recipe)
+    gradient = gradient_format(call.get("recipe"))
     (x_type, up_type, down_type, _, *quantized), (dy,) = types, cotangents
     saved_up, saved_down, saved_x, saved_columns, h, sizes = residuals
     h_dims = _hidden_dims_ragged(call)
     lead = h_dims[: h_dims.index("m")]
     up_nn, down_nn = load_weights(saved_up, saved_down, quantized, call)
-    multiply = functools.partial(_ragged_product, sizes=sizes, call=call)
+    dx = dw_up = dw_down = None
 
-    def saved_tokens(saved, *dims):
-        new = tuple(dict.fromkeys(sizes_dims[:-1] + dims[:-1]))
-        dims = new + (dims[-1], "t")
-        return load(saved, forward.dtype, dims, ROW)
+    inner = bool(moving & {X, UP})
+    which = {"with_rows": inner, "with_columns": DOWN in moving}
+    dy_rows, dy_columns = qt.ragged_rows_and_columns(dy, out, sizes, sizes_dims, gradient, **which)
+    if DOWN in moving:
+        columns = _saved_columns(call, saved_columns, lead, "f")
+        dims = tuple(d for d in out if d[0] == "v") + ("g", "f", "n")
+        of_down = columns, dy_columns, sizes, dims, down_dims, down_type
+        dw_down = _weight_gradient(call, grouped_wgrad_operation, *of_down)
+    if inner:
+        da = _hidden_gradient(call, dy_rows, down_nn, sizes)
+        dh_rows, dh_columns = act.ragged_activation_grad(
+            h, h_dims, da, sizes, sizes_dims, gradient, call.get("activation")
+        )
+    if X in moving:
+        dims, dtype = lead + ("m", "k"), x_type.dtype
+        dx = _ragged_product(gated_grouped_operation, dh_rows, up_nn, sizes, call, dims, dtype)
+        dx = like_primal(sum_to(dx, dims, x_dims), x_type)
+    if UP in moving:
+        columns = _saved_columns(call, saved_x, x_dims[:-2], "k")
+        dims = lead + ("g", "k") + up_dims[up_dims.index("k") + 1 :]
+        of_up = columns, dh_columns, sizes, dims, up_dims, up_type
+        dw_up = _weight_gradient(call, gated_grouped_wgrad_operation, *of_up)
+    return dx, dw_up, dw_down, None, *(None for _ in quantized)
 
-    dy_rows, dy_columns = qt.ragged_rows_and_columns(dy, out, sizes, sizes_dims, gradient)
-    dims = out[:-1] + ("f",)
-    da = multiply(grouped_operation, dy_rows, down_nn, out=dims, out_dtype=call.get("hidden_dtype"))
-    da = sum_to(da, dims, lead + ("m", "f"))
-
-    # The results of a vmapped kernel have every batch dimension; those that a weight lacks are summed.
-    batch = tuple(d for d in out if d[0] == "v")
-    columns = saved_tokens(saved_columns, *lead, "f")
-    dims = batch + ("g", "f", "n")
-    made = recipe.made_in(down_type.dtype)
-    dw_down = multiply(grouped_wgrad_operation, columns, dy_columns, out=dims, out_dtype=made)
-    dw_down = sum_to(dw_down, dims, down_dims)
-
-    dh_rows, dh_columns = act.ragged_activation_grad(
-        h, h_dims, da, sizes, sizes_dims, gradient, call.get("activation")
-    )
-    dims = lead + ("m", "k")
-    dx = multiply(gated_grouped_operation, dh_rows, up_nn, out=dims, out_dtype=x_type.dtype)
-    dx = sum_to(dx, dims, x_dims)
-
-    x_columns = saved_tokens(saved_x, *x_dims[:-2], "k")
-    dims = lead + ("g", "k") + up_dims[up_dims.index("k") + 1 :]
-    made = recipe.made_in(up_type.dtype)
-    dw_up = multiply(gated_grouped_wgrad_operation, x_columns, dh_columns, out=dims, out_dtype=made)
-    dw_up = sum_to(dw_up, dims, up_dims)
-    return (
-        like_primal(dx, x_type),
-        like_primal(dw_up, up_type),
-        like_primal(dw_down, down_type),
-        None,
-        *(None for _ in quantized),
-    )
-
-
-_ragged_mlp.defvjp(*differentiable_once("ragged_mlp", _ragged_fwd, _ragged_bwd))
 
 ragged_mlp_operation = Operation(
     "jaxfp8_ragged_mlp",
     _ragged_body,
     together=weight_operands(4),
-    derivative=lambda call, *arrays: _ragged_mlp(call, tuple(map(jax.typeof, arrays)), *arrays),
+    derivative=first_derivative("ragged_mlp", _ragged_body, _ragged_fwd, _ragged_bwd),
 )

@@ -71,13 +71,13 @@ def quantize_weights(w_up, w_down, quantized, call: Call):
 
 
 def load_weights(saved_up, saved_down, quantized, call: Call):
-    """The orientations of the input gradients' products. `quantized`: types of those quantized ahead."""
+    """The orientations of the input gradients' products, where kept. `quantized`: types of those quantized ahead."""
     up_dims, down_dims = call.ins[1:3]
     here = forward_format(call.get("recipe")).dtype
     up, down = (copies.nn.dtype if copies else here for copies in split_copies(quantized))
     return (
-        load(saved_up, up, up_dims, SQUARE, BLOCKED),
-        load(saved_down, down, down_dims, SQUARE),
+        load(saved_up, up, up_dims, SQUARE, BLOCKED) if saved_up else None,
+        load(saved_down, down, down_dims, SQUARE) if saved_down else None,
     )
 
 

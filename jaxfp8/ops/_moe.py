@@ -29,11 +29,11 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from .._arrays.blocks import ROW
-from .._arrays.recipe import Recipe, forward_format, gradient_format, result_options
+from .._arrays.recipe import forward_format, gradient_format, result_options
 from .._primitives.call import Call
 from .._primitives.leaf import once
 from .._primitives.mesh import like_primal, whole
-from .._primitives.once import differentiable_once
+from .._primitives.once import first_derivative
 from .._primitives.operation import Operation
 from ..kernels import activation as act
 from ..kernels import gather
@@ -44,6 +44,7 @@ from ..kernels.grouped_gemm import grouped_operation, grouped_product, grouped_w
 from ..kernels.named import Named, named
 from ..kernels.sum_rows import sum_rows
 from ._exchange import collect, plan_exchange, spread
+from ._mlp_dense import DOWN, UP, X, saved_weights
 from ._mlp_weights import load_weights, quantize_weights, weight_operands
 from ._residuals import PRE_ACTIVATION_NAME, RESIDUAL_NAME, load, save
 from ._routing import plan
@@ -100,7 +101,10 @@ def _rows(tokens, dims, at: _Rows, fmt) -> Named:
     return gather.rows(tokens, dims, at.source, ROWS, fmt)
 
 
-def _rows_and_columns(tokens, dims, at: _Rows, fmt) -> tuple[Named, Named]:
+def _copies(tokens, dims, at: _Rows, fmt, *, with_columns):
+    """Rows and columns of the tokens' rows, from one read; None in the columns' place where they are not wanted."""
+    if not with_columns:
+        return _rows(tokens, dims, at, fmt), None
     if isinstance(tokens, Named):
         return gather.fp8_rows_and_columns(tokens, at.source, ROWS, at.sizes, SIZES, fmt.pow2)
     return gather.rows_and_columns(tokens, dims, at.source, ROWS, at.sizes, SIZES, fmt)
@@ -164,86 +168,95 @@ def _body(x, w_up, w_down, expert, gate, *quantized, call: Call):
     return _result(rows, down_nt, at, exchange, call)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _moe(call: Call, types, x, w_up, w_down, expert, gate, *quantized):
-    return _body(x, w_up, w_down, expert, gate, *quantized, call=call)
+GATE = 4
+"""Position of the gates, whose gradient may be asked for beside those of `X`, `UP` and `DOWN`."""
 
 
-def _fwd(call: Call, types, x, w_up, w_down, expert, gate, *quantized):
+def _fwd(call: Call, types, moving, x, w_up, w_down, expert, gate, *quantized):
     fmt = forward_format(call.get("recipe"))
     up_nt, up_nn, down_nt, down_nn = quantize_weights(w_up, w_down, quantized, call)
     exchange, tokens, at = _arrive(x, expert, gate, fmt, call)
     at = _Rows(*(checkpoint_name(v, RESIDUAL_NAME) for v in at))
-    x_rows, x_columns = _rows_and_columns(tokens, ("s", "k"), at, fmt)
+    x_rows, x_columns = _copies(tokens, ("s", "k"), at, fmt, with_columns=UP in moving)
     h = checkpoint_name(_hidden(x_rows, up_nt, at, call), PRE_ACTIVATION_NAME)
-    rows, columns = act.ragged_weighted_activation(
-        h, _hidden_dims(call), at.gate, ROWS, at.sizes, SIZES, fmt, call.get("activation")
-    )
-    weights = (save(w, keep=not quantized) for w in (up_nn, down_nn))
-    residuals = *weights, save(x_columns), save(columns), h, at, exchange
+    weighted = h, _hidden_dims(call), at.gate, ROWS
+    if DOWN in moving:
+        rows, columns = act.ragged_weighted_activation(
+            *weighted, at.sizes, SIZES, fmt, call.get("activation")
+        )
+    else:
+        rows, columns = act.weighted_activation_rows(*weighted, fmt, call.get("activation")), None
+    inner = moving & {X, UP, GATE}
+    weights = saved_weights(up_nn, down_nn, moving, quantized, inner)
+    residuals = *weights, save(x_columns), save(columns), h if inner else None, at, exchange
     return _result(rows, down_nt, at, exchange, call), residuals
 
 
-def _bwd(call: Call, types, residuals, cotangents):
-    up_dims, down_dims = call.ins[1:3]
-    recipe: Recipe = call.get("recipe")
-    forward, gradient = forward_format(recipe), gradient_format(recipe)
-    (x_type, up_type, down_type, _, gate_type, *quantized), (dy,) = types, cotangents
-    saved_up, saved_down, saved_x, saved_columns, h, at, exchange = residuals
-    up_nn, down_nn = load_weights(saved_up, saved_down, quantized, call)
-    hidden = call.get("hidden_dtype")
-    multiply = _multiply(call, at.sizes)
-
-    def saved_tokens(saved, dim):
-        return load(saved, forward.dtype, (dim, "t"), ROW)
-
-    (tokens,) = _tokens(dy, ("s", "n"), exchange, gradient)
-    dy_rows, dy_columns = _rows_and_columns(tokens, ("s", "n"), at, gradient)
-    dz = multiply(grouped_operation, dy_rows, down_nn, out=("m", "f"), out_dtype=hidden)
-    dw_down = multiply(
-        grouped_wgrad_operation,
-        saved_tokens(saved_columns, "f"),
-        dy_columns,
-        out=down_dims,
-        out_dtype=down_type.dtype,
-    )
-    dh_rows, dh_columns, dgate = act.ragged_weighted_activation_grad(
+def _hidden_gradient(call: Call, h, dy_rows, down_nn, at: _Rows):
+    """Gradients of the hidden layer, rows and columns, and of the gates of rows."""
+    dims, dtype = ("m", "f"), call.get("hidden_dtype")
+    dz = _multiply(call, at.sizes)(grouped_operation, dy_rows, down_nn, out=dims, out_dtype=dtype)
+    return act.ragged_weighted_activation_grad(
         h,
         _hidden_dims(call),
         dz,
-        ("m", "f"),
+        dims,
         at.gate,
         ROWS,
         at.sizes,
         SIZES,
-        gradient,
+        gradient_format(call.get("recipe")),
         call.get("activation"),
     )
-    dx = multiply(gated_grouped_operation, dh_rows, up_nn, out=("m", "k"), out_dtype=hidden)
+
+
+def _token_gradients(call: Call, types, moving, dh_rows, dgate, up_nn, at: _Rows, exchange):
+    """Gradients of x and of the gates, None where none is asked for."""
     # A copy that found no row has no gradient; its token is NaN already.
     position = jnp.where(at.position < at.source.size, at.position, -1)
-    dx = sum_rows(dx, ("m", "k"), position, POSITION, x_type.dtype)
-    dw_up = multiply(
-        gated_grouped_wgrad_operation,
-        saved_tokens(saved_x, "k"),
-        dh_columns,
-        out=up_dims,
-        out_dtype=up_type.dtype,
-    )
-    dgate = take_rows(dgate, position.reshape(-1)).reshape(position.shape)
-    if exchange is not None:
-        dx, dgate = collect(exchange, dx, dgate)
-    return (
-        like_primal(dx, x_type),
-        like_primal(dw_up, up_type),
-        like_primal(dw_down, down_type),
-        None,
-        like_primal(dgate.astype(gate_type.dtype), gate_type),
-        *(None for _ in quantized),
+    found = {}
+    if X in moving:
+        multiply, dtype = _multiply(call, at.sizes), call.get("hidden_dtype")
+        dx = multiply(gated_grouped_operation, dh_rows, up_nn, out=("m", "k"), out_dtype=dtype)
+        found[X] = sum_rows(dx, ("m", "k"), position, POSITION, types[X].dtype)
+    if GATE in moving:
+        found[GATE] = take_rows(dgate, position.reshape(-1)).reshape(position.shape)
+    if exchange is not None and found:
+        found = dict(zip(found, collect(exchange, *found.values()), strict=True))
+    return tuple(
+        like_primal(found[i].astype(types[i].dtype), types[i]) if i in found else None
+        for i in (X, GATE)
     )
 
 
-_moe.defvjp(*differentiable_once("moe", _fwd, _bwd))
+def _weight_gradient(call: Call, operation, saved, dim, grad_columns, at: _Rows, out, type_):
+    columns = load(saved, forward_format(call.get("recipe")).dtype, (dim, "t"), ROW)
+    multiply = _multiply(call, at.sizes)
+    dw = multiply(operation, columns, grad_columns, out=out, out_dtype=type_.dtype)
+    return like_primal(dw, type_)
+
+
+def _bwd(call: Call, types, moving, residuals, cotangents):
+    gradient = gradient_format(call.get("recipe"))
+    (_, up_type, down_type, _, _, *quantized), (dy,) = types, cotangents
+    saved_up, saved_down, saved_x, saved_columns, h, at, exchange = residuals
+    up_nn, down_nn = load_weights(saved_up, saved_down, quantized, call)
+    dx = dw_up = dw_down = dgate = None
+
+    inner = bool(moving & {X, UP, GATE})
+    (tokens,) = _tokens(dy, ("s", "n"), exchange, gradient)
+    dy_rows, dy_columns = _copies(tokens, ("s", "n"), at, gradient, with_columns=DOWN in moving)
+    if DOWN in moving:
+        of_down = saved_columns, "f", dy_columns, at, call.ins[2], down_type
+        dw_down = _weight_gradient(call, grouped_wgrad_operation, *of_down)
+    if inner:
+        dh_rows, dh_columns, dgate = _hidden_gradient(call, h, dy_rows, down_nn, at)
+        gradients = dh_rows, dgate, up_nn, at, exchange
+        dx, dgate = _token_gradients(call, types, moving, *gradients)
+    if UP in moving:
+        of_up = saved_x, "k", dh_columns, at, call.ins[1], up_type
+        dw_up = _weight_gradient(call, gated_grouped_wgrad_operation, *of_up)
+    return dx, dw_up, dw_down, None, dgate, *(None for _ in quantized)
 
 
 class _MoeOperation(Operation):
@@ -279,5 +292,5 @@ moe_operation = _MoeOperation(
     "jaxfp8_moe",
     _body,
     together=weight_operands(5),
-    derivative=lambda call, *arrays: _moe(call, tuple(map(jax.typeof, arrays)), *arrays),
+    derivative=first_derivative("moe", _body, _fwd, _bwd),
 )

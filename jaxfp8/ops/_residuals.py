@@ -14,11 +14,13 @@ PRE_ACTIVATION_NAME = "jaxfp8_pre_activation"
 """The hidden layer of an MLP before its activation, in bfloat16 or float32: a product, which FP8 policies recompute."""
 
 
-def save(q: Named, keep: bool = True):
-    """A residual, its data as uint8; with a name for remat policies, unless the caller had it before.
+def save(q: Named | None, keep: bool = True):
+    """A residual, its data as uint8; with a name for remat policies, unless the caller had it before. None stays.
 
     Remat puts reduce_precision(4, 3) on float residuals, for which 448 is infinite; integers it leaves alone.
     """
+    if q is None:
+        return None
     bits = lax.bitcast_convert_type(q.array.data, jnp.uint8)
     if not keep:
         return bits, q.array.scale

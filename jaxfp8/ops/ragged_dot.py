@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -22,12 +21,12 @@ from .._arrays.recipe import (
 from .._primitives.call import Call
 from .._primitives.leaf import once
 from .._primitives.mesh import like_primal
-from .._primitives.once import differentiable_once
+from .._primitives.once import first_derivative
 from .._primitives.operation import Operation
 from ..kernels import quantize as qt
 from ..kernels.grouped_gemm import grouped_operation, grouped_product, grouped_wgrad_operation
 from ._arguments import check_precision, out_spec, result_dtype
-from ._dot import quantized_weight, sum_to, weight_dims
+from ._dot import W, X, quantized_weight, sum_to, weight_dims
 from ._frozen import frozen_dot
 from ._residuals import load, save
 
@@ -45,57 +44,65 @@ def _ragged_body(x, w, sizes, *quantized, call: Call):
     return _forward(qt.rows(x, x_dims, fmt), weight, sizes, call)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _ragged(call: Call, types, x, w, sizes, *quantized):
-    return _ragged_body(x, w, sizes, *quantized, call=call)
-
-
-def _ragged_fwd(call: Call, types, x, w, sizes, *quantized):
+def _ragged_fwd(call: Call, types, moving, x, w, sizes, *quantized):
     x_dims, w_dims, sizes_dims = call.ins[:3]
     fmt = forward_format(call.get("recipe"))
     nt, nn = quantized_weight(w, w_dims, quantized, fmt)
-    rows, columns = qt.ragged_rows_and_columns(x, x_dims, sizes, sizes_dims, fmt)
-    residuals = save(nn, keep=not quantized), save(columns), sizes
-    return _forward(rows, nt, sizes, call), residuals
+    rows, columns = qt.ragged_rows_and_columns(
+        x, x_dims, sizes, sizes_dims, fmt, with_columns=W in moving
+    )
+    kept = save(nn, keep=not quantized) if X in moving else None
+    return _forward(rows, nt, sizes, call), (kept, save(columns), sizes)
 
 
-def _ragged_bwd(call: Call, types, residuals, cotangents):
+def _input_gradient(call: Call, x_type, dy_rows, nn, sizes):
+    (x_dims, w_dims, sizes_dims), (out,) = call.ins[:3], call.outs
+    dims = out[:-1] + (w_dims[-2],)
+    options = {"out": dims, "out_dtype": x_type.dtype} | result_options(call.get("recipe"))
+    dx = grouped_product(
+        grouped_operation, dy_rows, nn, sizes=sizes, sizes_dims=sizes_dims, **options
+    )
+    return like_primal(sum_to(dx, dims, x_dims), x_type)
+
+
+def _weight_gradient(call: Call, w_type, saved_columns, dy_columns, sizes):
     (x_dims, w_dims, sizes_dims), (out,) = call.ins[:3], call.outs
     recipe: Recipe = call.get("recipe")
-    forward, gradient = forward_format(recipe), gradient_format(recipe)
+    k, n = w_dims[-2:]
+    dims = tuple(dict.fromkeys(sizes_dims[:-1] + x_dims[:-2])) + (k, "t")
+    columns = load(saved_columns, forward_format(recipe).dtype, dims, ROW)
+    dims = tuple(d for d in out if d[0] == "v") + ("g", k, n)
+    options = {"out": dims, "out_dtype": recipe.made_in(w_type.dtype)}
+    options |= weight_gradient_options(recipe)
+    dw = grouped_product(
+        grouped_wgrad_operation, columns, dy_columns, sizes=sizes, sizes_dims=sizes_dims, **options
+    )
+    return like_primal(sum_to(dw, dims, w_dims), w_type)
+
+
+def _ragged_bwd(call: Call, types, moving, residuals, cotangents):
     (x_type, w_type, _, *quantized), (dy,) = types, cotangents
     saved_nn, saved_columns, sizes = residuals
-    k, n = w_dims[-2:]
-    nn_dtype = WeightCopies(*quantized).nn.dtype if quantized else forward.dtype
-    nn = load(saved_nn, nn_dtype, w_dims, SQUARE)
-    dy_rows, dy_columns = qt.ragged_rows_and_columns(dy, out, sizes, sizes_dims, gradient)
-
-    dx_dims = out[:-1] + (k,)
-    multiply = functools.partial(grouped_product, sizes=sizes, sizes_dims=sizes_dims)
-    options = {"out": dx_dims, "out_dtype": x_type.dtype} | result_options(recipe)
-    dx = multiply(grouped_operation, dy_rows, nn, **options)
-
-    dims = tuple(dict.fromkeys(sizes_dims[:-1] + x_dims[:-2])) + (k, "t")
-    columns = load(saved_columns, forward.dtype, dims, ROW)
-    dw_dims = tuple(d for d in out if d[0] == "v") + ("g", k, n)
-    options = {"out": dw_dims, "out_dtype": recipe.made_in(w_type.dtype)}
-    options |= weight_gradient_options(recipe)
-    dw = multiply(grouped_wgrad_operation, columns, dy_columns, **options)
-    return (
-        like_primal(sum_to(dx, dx_dims, x_dims), x_type),
-        like_primal(sum_to(dw, dw_dims, w_dims), w_type),
-        None,
-        *(None for _ in quantized),
+    recipe: Recipe = call.get("recipe")
+    which = {"with_rows": X in moving, "with_columns": W in moving}
+    dy_rows, dy_columns = qt.ragged_rows_and_columns(
+        dy, call.outs[0], sizes, call.ins[2], gradient_format(recipe), **which
     )
+    dx = dw = None
+    if X in moving:
+        dtype = WeightCopies(*quantized).nn.dtype if quantized else forward_format(recipe).dtype
+        nn = load(saved_nn, dtype, call.ins[1], SQUARE)
+        dx = _input_gradient(call, x_type, dy_rows, nn, sizes)
+    if W in moving:
+        dw = _weight_gradient(call, w_type, saved_columns, dy_columns, sizes)
+    return dx, dw, None, *(None for _ in quantized)
 
-
-_ragged.defvjp(*differentiable_once("ragged_dot", _ragged_fwd, _ragged_bwd))
 
 ragged_operation = Operation(
     "jaxfp8_ragged_dot",
     _ragged_body,
     together=((1, 3, 4, 5, 6),),
-    derivative=lambda call, *arrays: _ragged(call, tuple(map(jax.typeof, arrays)), *arrays),
+    derivative=first_derivative("ragged_dot", _ragged_body, _ragged_fwd, _ragged_bwd),
 )
 
 

@@ -695,3 +695,31 @@ def test_a_failed_assert_is_a_trap():
     text = program.ptx.replace("@!%p1 bra HOLDS;", "")
     with pytest.raises(Trap, match="assert"):
         dataclasses.replace(program, ptx=text).run()
+
+
+# --- the module -------------------------------------------------------------------------------
+
+
+def test_shared_memory_of_other_kernels_does_not_count():
+    """A module holds more static shared memory than a CTA has, of which the kernel names little."""
+    own = ".shared .align 16 .b8 mine[128];\n"
+    body = """
+    mov.u32 %r100, %tid.x;
+    mov.u32 %r102, mine;
+    mad.lo.u32 %r1, %r100, 4, %r102;
+    st.shared.u32 [%r1], %r100;
+    ld.shared.u32 %r2, [%r1];
+    ld.param.u64 %d1, [p0];
+    mad.wide.u32 %d2, %r100, 4, %d1;
+    st.global.u32 [%d2], %r2;"""
+    others = ".shared .align 16 .b8 theirs[200000];\n.shared .align 16 .b8 more[200000];\n"
+
+    def check(got):
+        np.testing.assert_array_equal(got, np.arange(32))
+
+    text = kernel("u64", body, module=others + own)
+    Program("", text, _words(32), check).run()
+    named = kernel("u64", body + "\n    mov.u32 %r3, theirs;\n    mov.u32 %r4, more;",
+                   module=others + own)  # fmt: skip
+    with pytest.raises(LaunchError, match="exceed"):
+        Program("", named, _words(32), check).run()

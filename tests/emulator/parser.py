@@ -75,6 +75,11 @@ class Kernel:
     labels: dict[str, int] = field(default_factory=dict)
     instructions: list[Instruction] = field(default_factory=list)
 
+    def names(self) -> set[str]:
+        """What the operands name: registers, labels, variables."""
+        texts = " ".join(" ".join(i.operands) for i in self.instructions)
+        return set(re.findall(r"[A-Za-z_$][\w$]*", texts))
+
 
 class Module:
     """A PTX file. `entries` lists its kernels; `kernel(name)` parses one."""

@@ -154,7 +154,11 @@ class Program:
         self._constant_index: dict[tuple[bytes, str], int] = {}
         self.parameters = {p.name: p for p in kernel.parameters}
         self.parameter_bytes = max((p.offset + p.size for p in kernel.parameters), default=0)
-        self.variables: dict[str, Variable] = {**kernel.module_variables, **kernel.variables}
+        named = kernel.names()  # others of the module's variables are not this kernel's
+        self.variables: dict[str, Variable] = {
+            **{n: v for n, v in kernel.module_variables.items() if n in named},
+            **kernel.variables,
+        }
         self.granule = 4  # bytes: the narrowest access to shared memory, at most 4
         # Tensor maps edited in the kernel need fences before use (special.py).
         self.edits_tensor_maps = any(

@@ -99,3 +99,20 @@ def test_custom_calls_lower_where_one_axis_is_manual_and_another_explicit(name, 
         traced = jax.jit(gradients).trace(*arrays)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "jaxfp8_gemm_1d1d_v1" in text
+
+
+@pytest.mark.parametrize("w_spec", [("a",), (None, "a"), ("b", "a")], ids=str)
+def test_examples_and_a_shared_weight_may_be_cut_by_one_explicit_axis(w_spec):
+    """FSDP of a layer that is called per example."""
+    rng = np.random.default_rng(0)
+    x, w = (rng.standard_normal(s).astype(np.float32) for s in ((512, 256), (256, 512)))
+
+    @jax.jit
+    def run(x, w):
+        y, pull = jax.vjp(lambda x, w: jax.vmap(lambda row: jaxfp8.linear(row, w))(x), x, w)
+        return y, *pull(y)
+
+    got = run(put(x, "a"), put(w, *w_spec))
+    assert_close(got, run(x, w), 1e-5)
+    for result, spec in zip(got[1:], (("a",), w_spec), strict=True):
+        assert result.sharding.is_equivalent_to(NamedSharding(EXPLICIT, P(*spec)), 2)

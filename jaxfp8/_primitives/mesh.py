@@ -6,6 +6,7 @@ Only public JAX modules; one code for every supported version.
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, ManualAxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -35,6 +36,23 @@ def mesh_of(arrays):
 def varying(*types) -> frozenset:
     """Manual mesh axes in which a value of any of these types differs between devices."""
     return frozenset().union(*[t.manual_axis_type.varying for t in types])
+
+
+def mapped_axes(mesh, explicit) -> frozenset:
+    """The explicit axes that an enclosing vmap maps over: those that shard_map refuses. JAX has no public list."""
+
+    def refused(axis):
+        where = NamedSharding(mesh, P(axis))
+        x = jax.ShapeDtypeStruct((mesh.shape[axis],), jnp.float32, sharding=where)
+        try:
+            jax.eval_shape(
+                jax.shard_map(lambda x: x, mesh=mesh, in_specs=P(axis), out_specs=P(axis)), x
+            )
+        except ValueError:
+            return True
+        return False
+
+    return frozenset(filter(refused, explicit))
 
 
 def result_type(shape, dtype, operands, summed=()):

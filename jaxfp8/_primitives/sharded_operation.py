@@ -16,7 +16,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding
 
 from .leaf import Leaf
-from .mesh import full_spec, match_varying, mesh_of, result_type
+from .mesh import full_spec, mapped_axes, match_varying, mesh_of, result_type
 from .operation import Operation
 from .partition import axes_by_name, plan_shards, sharding_rule
 from .tiles import in_axes
@@ -121,9 +121,26 @@ class ShardedOperation(Operation):
         return plan_shards(mesh, call, call.sizes(operands), given, wanted, self.pinned, cuts)
 
     def _by_type(self, mesh, explicit, arrays, call):
-        specs = [full_spec(jax.typeof(x).sharding.spec, x.ndim) for x in arrays]
+        try:
+            return self._sharded(mesh, explicit, arrays, call)
+        except ValueError:
+            # One example of a vmap over an explicit axis, by which an unmapped operand is cut as well: what is made of
+            # it gives types alone, before all examples are one call.
+            mapped = mapped_axes(mesh, explicit)
+            if not mapped:
+                raise
+            return self._sharded(mesh, explicit, arrays, call, mapped)
+
+    def _sharded(self, mesh, explicit, arrays, call, mapped=frozenset()):
+        def unmapped(axes):
+            return tuple(a for a in axes if a not in mapped)
+
+        specs = [
+            [unmapped(axes) for axes in full_spec(jax.typeof(x).sharding.spec, x.ndim)]
+            for x in arrays
+        ]
         given = axes_by_name(call.ins, specs)
-        wanted = {n: [axes] for n, axes in call.wanted}
+        wanted = {n: [unmapped(axes)] for n, axes in call.wanted}
         plan = self._plan(mesh, call, arrays, given, wanted)
         placed = [
             jax.sharding.reshard(x, NamedSharding(mesh, s))

@@ -46,6 +46,28 @@ def composed(products, quantized=True):
     return layer
 
 
+def in_chunks(products, chunks=4):
+    """`composed` in chunks of tokens: one is multiplied while one goes there and one comes back (docs/scaling.md)."""
+
+    def layer(x, expert, gate, up, down, axis_name=None, max_rows=None):
+        xs, experts, gates = (jnp.split(v, chunks) for v in (x, expert, gate))
+        send = functools.partial(
+            jaxfp8.dispatch, num_experts=up.shape[0] * devices_of(axis_name), axis_name=axis_name,
+            max_rows=max_rows and max_rows // chunks,
+        )  # fmt: skip
+        there, back, sums, overflow = send(xs[0], experts[0]), None, [], 0
+        for i in range(chunks):
+            rows, sizes, route = there
+            there = send(xs[i + 1], experts[i + 1]) if i + 1 < chunks else None
+            y = products(rows, up, down, sizes)
+            total = jaxfp8.combine(*back) if back else None
+            there, y, total = lax.optimization_barrier((there, y, total))
+            sums, back, overflow = [*sums, total], (y, gates[i], route), overflow + route.overflow
+        return jnp.concatenate([*sums[1:], jaxfp8.combine(*back)]), overflow[None]
+
+    return layer
+
+
 def devices_of(axis_name):
     return 1 if axis_name is None else lax.axis_size(axis_name)
 
@@ -64,7 +86,10 @@ def bf16_products(ragged_dot):
 
 
 def variants(peer):
-    found = {"fp8": composed(jaxfp8.ragged_mlp)}
+    found = {
+        "fp8": composed(jaxfp8.ragged_mlp),
+        "fp8 4 chunks": in_chunks(jaxfp8.ragged_mlp),
+    }
     if "axis_name" in inspect.signature(jaxfp8.moe).parameters:
         found["fp8 moe"] = fused
     if peer is not None:
@@ -157,7 +182,7 @@ def print_row(row):
 
 def measure(arguments, budget):
     rows = []
-    tokens, shapes = (64, TINY) if arguments.tiny else (TOKENS, SHAPES)
+    tokens, shapes = (256, TINY) if arguments.tiny else (TOKENS, SHAPES)
     for case, shape in shapes.items():
         for variant, layer in variants(arguments.peer).items():
             for backward in (False, True):

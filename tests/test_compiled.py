@@ -189,6 +189,11 @@ def test_an_exchange_moves_what_the_guide_says_and_by_no_ragged_collective(case)
     assert by_dtype.total() == received * (2 * 4 * width // 128 + 3 * 4 * choices)
 
 
+def test_an_axis_of_one_device_moves_nothing():
+    function, args = mixture_step(compiled.mesh({"gpu": 1}), 256, experts=8)
+    assert compiled.compile_for(function, *args).collectives() == []
+
+
 def test_in_chunks_every_exchange_but_the_first_and_last_stands_beside_a_product():
     """docs/scaling.md's pattern, forward and backward: FP8 rows there and bfloat16 sums back."""
     mesh = compiled.mesh({"gpu": 8})

@@ -254,6 +254,15 @@ def test_a_stopped_first_gradient_may_be_part_of_a_loss(name):
     )
 
 
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_a_derivative_of_quantized_arrays_is_refused_by_the_public_name(name):
+    f, arrays = call(name)
+    public = name.partition(",")[0]
+    names = rf"^({public}|{public} and [a-z_]+|[a-z_]+ and {public}): "
+    with pytest.raises(NotImplementedError, match=names + ".*no derivative"):
+        gradient(f)(*arrays)
+
+
 def test_a_quantizer_has_no_derivative_but_may_be_passed_straight_through():
     x = np.random.default_rng(0).standard_normal((8, 128)).astype(np.float32)
     for q in (lambda x: jaxfp8.quantize(x), lambda x: jaxfp8.quantize_both(x)[0]):

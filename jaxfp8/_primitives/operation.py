@@ -38,12 +38,14 @@ class Operation:
     - `together`: groups of operand positions that are mapped together (data and its scales).
     - `derivative`: `(call, moving, *arrays) -> list of arrays`, which is differentiated instead of the body, with
       respect to the arrays at the positions `moving`. None: what uses a tangent of the result raises.
+    - `function`: the public function that this error names; None is the primitive's name without its prefix.
     """
 
-    def __init__(self, name, body, *, together=(), derivative=None):
+    def __init__(self, name, body, *, together=(), derivative=None, function=None):
         self.body = jax.jit(body, static_argnames="call")
         self.together = together
         self.derivative = derivative
+        self.function = function or name.removeprefix("jaxfp8_")
         self.primitive = Primitive(name)
         self.primitive.multiple_results = True
         self.primitive.def_impl(lambda *arrays, call, jaxpr: self.body(*arrays, call=call))
@@ -83,9 +85,8 @@ class Operation:
 
     def _undefined(self, primals, tangents, *, call, jaxpr):
         results = self(*primals, call=call)
-        name = self.primitive.name.removeprefix("jaxfp8_")
         message = (
-            f"{name}: quantization and products of quantized arrays have no derivative. Differentiate linear, "
+            f"{self.function}: quantization and products of quantized arrays have no derivative. Differentiate linear, "
             "dot_general, einsum, ragged_dot or mlp, or pass straight through: "
             "x + jax.lax.stop_gradient(jaxfp8.quantize(x).dequantize() - x)"
         )

@@ -49,7 +49,7 @@ class ShardedOperation(Operation):
       that cut a name, over which the devices agree on scales. None gathers such operands.
     """
 
-    def __init__(self, name, local, *, pinned=(), together=(), agreed=None):
+    def __init__(self, name, local, *, pinned=(), together=(), agreed=None, function=None):
         self.local, self.pinned, self.agreed = local, frozenset(pinned), agreed
 
         def whole(call, *arrays):
@@ -59,7 +59,7 @@ class ShardedOperation(Operation):
         self.partitioned.def_partition(
             partition=self._partition, sharding_rule=self._sharding_rule, decode_shardings=False
         )
-        super().__init__(name, self._dispatch, together=together)
+        super().__init__(name, self._dispatch, together=together, function=function)
 
     def _batch(self, arrays, axes, *, call, jaxpr):
         """An accumulator has the result's dimensions, always: it is added once to each example's product."""

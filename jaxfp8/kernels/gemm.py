@@ -148,7 +148,9 @@ def _gemm_local(lhs, lhs_scale, rhs, rhs_scale, *accum, call):
     return [restore(y, out, [groups, rows, (n,)], sizes)]
 
 
-gemm_operation = ShardedOperation("jaxfp8_gemm", _gemm_local, together=((0, 1), (2, 3)))
+gemm_operation = ShardedOperation(
+    "jaxfp8_gemm", _gemm_local, together=((0, 1), (2, 3)), function="gemm and wgrad_gemm"
+)
 
 
 def product_attributes(out_dtype, num_sms, config) -> tuple:

@@ -150,13 +150,15 @@ def _leaf_local(leaf):
     return lambda *arrays, call: leaf(*arrays, **dict(call.attributes))
 
 
-rows_operation = ShardedOperation("jaxfp8_quantize_rows", _rows_local, agreed=agreed_quantizer)
+rows_operation = ShardedOperation(
+    "jaxfp8_quantize_rows", _rows_local, agreed=agreed_quantizer, function="quantize"
+)
 columns_operation = ShardedOperation(
-    "jaxfp8_quantize_columns", _columns_local, agreed=agreed_quantizer
+    "jaxfp8_quantize_columns", _columns_local, agreed=agreed_quantizer, function="quantize_both"
 )
 both_operation = ShardedOperation("jaxfp8_quantize_both", _both_local, agreed=agreed_quantizer)
 blocks_operation = ShardedOperation(
-    "jaxfp8_quantize_blocks", _blocks_local, agreed=agreed_quantizer
+    "jaxfp8_quantize_blocks", _blocks_local, agreed=agreed_quantizer, function="quantize"
 )
 weight_operation = ShardedOperation(
     "jaxfp8_quantize_weight", _weight_local, agreed=agreed_quantizer
@@ -165,11 +167,13 @@ ragged_columns_operation = ShardedOperation(
     "jaxfp8_quantize_ragged_columns",
     mapped(_leaf_local(quantize_ragged_columns_leaf)),
     pinned=("m", "g", "t"),
+    function="quantize_both",
 )
 ragged_both_operation = ShardedOperation(
     "jaxfp8_quantize_ragged_both",
     mapped(_leaf_local(quantize_ragged_both_leaf)),
     pinned=("m", "g", "t"),
+    function="quantize_both",
 )
 
 

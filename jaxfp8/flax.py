@@ -17,12 +17,15 @@ from typing import Any, TypeVar
 
 import jax
 from flax import nnx
+from flax.nnx.nn import dtypes
 
+from ._arrays.quantized_weight import QuantizedWeight
 from ._arrays.recipe import Recipe
 from .ops.dot_general import dot_general
 from .ops.einsum import einsum
+from .ops.prequantize import prequantize
 
-__all__ = ["DotGeneral", "Einsum", "Factory", "convert"]
+__all__ = ["DotGeneral", "Einsum", "Factory", "FrozenWeight", "convert"]
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -118,11 +121,34 @@ class Einsum:
         )
 
 
+class FrozenWeight(nnx.Variable):
+    """A weight that is FP8 alone, a `QuantizedWeight` without value. No `nnx.Param`: optimizers pass it over."""
+
+    def __getitem__(self, key: Any) -> Any:
+        """The weight, by `[...]` as layers read their kernels."""
+        return self.get_value() if key is ... else super().__getitem__(key)
+
+
+def _promote_beside_frozen(args: Any, /, **options: Any) -> Any:
+    """Flax's promotion of inputs, kernel and bias, of which the kernel, being FP8, takes no part."""
+    inputs, kernel, bias = args
+    inputs, bias = dtypes.promote_dtype((inputs, bias), **options)
+    return inputs, kernel, bias
+
+
+def _freeze(layer: Any, recipe: Recipe | None) -> None:
+    kernel = layer.kernel[...]
+    if not isinstance(kernel, QuantizedWeight):
+        layer.kernel = FrozenWeight(prequantize(kernel, recipe=recipe, frozen=True))
+    layer.promote_dtype = _promote_beside_frozen
+
+
 def convert(
     model: M,
     where: Callable[[str, nnx.Module], bool] | None = None,
     *,
     recipe: Recipe | None = None,
+    frozen: bool = False,
 ) -> M:
     """Puts the products of an nnx model's layers in FP8, in place.
 
@@ -136,11 +162,14 @@ def convert(
       is the attributes and indices from the model to the layer: `"blocks.0.attention.query"`. None takes all. Routers
       and output heads are better left out (DeepSeek-V3, arXiv 2412.19437, section 3.3.1).
     - `recipe`: a `jaxfp8.Recipe`; None is the one in force when the model is called.
+    - `frozen`: quantizes the kernels here, by the recipe or the one in force, and keeps nothing else of them: a
+      `FrozenWeight` of one byte a parameter, for which no gradient is made. Of `nnx.Linear` alone: the kernels of the
+      others have axes that blocks cannot lie on.
 
     **Returns:** the same model.
 
     **Raises:** TypeError if `model` is no nnx module (linen modules are immutable: pass `dot_general=`, or use
-    `jaxfp8.qwix`); ValueError if no layer is chosen.
+    `jaxfp8.qwix`), or if a layer to freeze is no `nnx.Linear`; ValueError if no layer is chosen.
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(f"convert: model is a {type(model).__name__}; allowed: an nnx.Module")
@@ -155,6 +184,13 @@ def convert(
             f"convert: no layer is chosen; the model has {', '.join(layers) or 'none of the kinds it converts'}"
         )
     for layer in chosen:
+        if frozen and not isinstance(layer, nnx.Linear):
+            raise TypeError(
+                f"convert: frozen: a layer that is chosen is a {type(layer).__name__}; allowed: nnx.Linear"
+            )
+    for layer in chosen:
+        if frozen:
+            _freeze(layer, recipe)
         if isinstance(layer, nnx.Einsum):
             layer.einsum_op = Einsum(recipe)
         else:

@@ -240,3 +240,40 @@ def test_a_converted_model_trains():
 
     losses = [float(step(model, optimizer)) for _ in range(30)]
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_frozen_kernels_take_one_byte_and_adapters_train_beside_them():
+    class Adapted(nnx.Module):
+        def __init__(self, rngs):
+            self.base = nnx.Linear(256, 384, rngs=rngs)
+            self.adapter = nnx.LoRA(256, 4, 384, rngs=rngs)
+
+        def __call__(self, x):
+            return self.base(x) + self.adapter(x)
+
+    def make(frozen):
+        model = Adapted(nnx.Rngs(0))
+        return jaxfp8.flax.convert(model, lambda path, _: path == "base", frozen=frozen)
+
+    wide, frozen = make(False), make(True)
+    x = jax.random.normal(jax.random.key(1), (64, 256))
+
+    @nnx.jit
+    def run(model, x):
+        loss = lambda model, x: jnp.sum(model(x) ** 2)  # noqa: E731
+        return nnx.value_and_grad(loss, argnums=(nnx.DiffState(0, nnx.LoRAParam), 1))(model, x)
+
+    got, want = run(frozen, x), run(wide, x)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(a, b)
+    kernel = frozen.base.kernel
+    assert isinstance(kernel, jaxfp8.flax.FrozenWeight) and not isinstance(kernel, nnx.Param)
+    assert sum(v.nbytes for v in jax.tree.leaves(kernel[...])) <= 1.03 * 256 * 384
+    jaxfp8.flax.convert(frozen, lambda path, _: path == "base", frozen=True)
+    np.testing.assert_array_equal(run(frozen, x)[0], want[0])
+
+
+def test_a_layer_whose_kernel_has_more_axes_is_not_frozen():
+    layer = nnx.LinearGeneral(128, (4, 32), rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match="is a LinearGeneral; allowed: nnx.Linear"):
+        jaxfp8.flax.convert(layer, frozen=True)

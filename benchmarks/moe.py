@@ -1,6 +1,6 @@
 """Blocks of mixtures of experts, forward and backward: FP8 from router to output beside today's pieces and BF16.
 
-    python benchmarks/moe.py [OUT] [--only TEXT] [--peer benchmarks/tokamax_peer.py]
+    python benchmarks/moe.py [OUT] [--only TEXT] [--sides pieces,bf16] [--peer benchmarks/tokamax_peer.py]
 
 Writes OUT/moe-DEVICE-DATE.json. Tokens choose experts by skewed random scores; x and weights are bfloat16, gates
 float32. All sides of a block take turns in one process. `ms`, `forward_ms`: wall time of queued calls. `kernels_ms`,
@@ -121,11 +121,12 @@ def traced(run, steps=4):
     return breakdown(kernels, steps) if kernels else {}
 
 
-def measure(name, block: Block, peers):
+def measure(name, block: Block, peers, wanted=""):
     expert, *arrays = operands(block)
     dy = jax.random.normal(jax.random.key(9), arrays[0].shape, jnp.bfloat16)
     sides = {"moe": moe, "pieces": pieces, "bf16": functools.partial(by_sort, jax.lax.ragged_dot)}
     sides |= {f"bf16 {k}": functools.partial(by_sort, f) for k, f in peers.items()}
+    sides = {k: f for k, f in sides.items() if k == "moe" or not wanted or k in wanted.split(",")}
     row = {"name": name, "block": dataclasses.asdict(block), "peak_gib": {}, "refused": {}}
     times = {}
     for mode, prepare, inputs in (("forward", jax.jit, arrays), ("train", train, [*arrays, dy])):
@@ -197,6 +198,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=pathlib.Path, nargs="?", default=ROOT / "benchmarks/results")
     parser.add_argument("--only", default="", help="blocks whose name contains this")
+    parser.add_argument("--sides", default="", help="of these sides beside moe, by commas; all")
     parser.add_argument("--peer", action="append", default=[], help="a file as speed.py takes them")
     parser.add_argument("--tiny", action="store_true", help="a small block, for a CPU")
     arguments = parser.parse_args(arguments)
@@ -216,7 +218,7 @@ def main(arguments=None):
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name, block in (TINY if arguments.tiny else BLOCKS).items():
         if arguments.only in name:
-            row = measure(name, block, peers)
+            row = measure(name, block, peers, arguments.sides)
             result["blocks"].append(row)
             show(row)
             path.write_text(json.dumps(result, indent=1) + "\n")

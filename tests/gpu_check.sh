@@ -44,9 +44,11 @@ sanitizer() { # [mlp_]tool, seconds allowed, options...
 # Names of the option that limits the tool to our kernels differ between versions.
 only=()
 if [[ $wanted == *check* ]] && compute-sanitizer --help 2>&1 | grep -q -- --kernel-name; then
-  only=(--kernel-name kns=gemm_ --kernel-name kns=quantize_ --kernel-name kns=activation_)
+  only=(--kernel-name kns=gemm_ --kernel-name kns=quantize_ --kernel-name kns=activation_
+    --kernel-name kns=gather_ --kernel-name kns=sum_rows)
 elif [[ $wanted == *check* ]] && compute-sanitizer --help 2>&1 | grep -q -- --kernel-regex; then
-  only=(--kernel-regex kns=gemm_ --kernel-regex kns=quantize_ --kernel-regex kns=activation_)
+  only=(--kernel-regex kns=gemm_ --kernel-regex kns=quantize_ --kernel-regex kns=activation_
+    --kernel-regex kns=gather_ --kernel-regex kns=sum_rows)
 fi
 few=(python3 tests/gpu_sanitize.py --few)
 

@@ -91,12 +91,15 @@ def check_operations():
         cases.train_mlp((70, 129, 65, 129), "gelu", gated=False, **bf16),
         cases.train_mlp((300, 136, 200, 136), groups=[0, 1, 127, 128, 44, 0], **bf16),
         cases.train_mlp((100, 136, 200, 136), "gelu", groups=[-7, 60, -1, 20], **bf16),
+        cases.train_moe(200, 3, 5, (136, 200, 136), **bf16),
     ]
     for run in runs:
         assert all(
             np.isfinite(np.asarray(v, np.float32)).all() for v in jax.device_get(run()).values()
         )
-    print(f"{len(runs)} products, 0 wrong; forward and backward passes of MLPs, finite")
+    print(
+        f"{len(runs)} products, 0 wrong; forward and backward passes of MLPs and a mixture, finite"
+    )
 
 
 def main():

@@ -236,3 +236,75 @@ def train_mlp(shape, activation="silu", *, gated=True, groups=None, dtype=np.flo
         return {"y": y, "dx": dx, "dw_up": dup, "dw_down": ddown}
 
     return lambda: run(*(v.astype(dtype) for v in (x, up, down, dy)))
+
+
+# --- mixtures of experts --------------------------------------------------------------------------
+
+
+def _numbers(results):
+    return {f"result{i}": v.astype(jnp.float32) for i, v in enumerate(results)}
+
+
+def gather(kind, shape, sizes, *, input_dtype=jnp.bfloat16, dtype=E4M3, pow2=False):
+    """Rows of x (S, K) gathered to M rows, some of which it does not have: to the bit."""
+    from jaxfp8.kernels import gather as kernels
+
+    s, m, k = shape
+    x, dtype = awkward(s + k, s, k, dtype=input_dtype), np.dtype(dtype)
+    arrays, options = (x,), {"dtype": dtype, "pow2": pow2}
+    if not kind.startswith("quantize"):
+        q = jaxfp8.quantize(x, dtype=dtype)
+        arrays, options = (q.data, q.scale), {} if kind == "rows" else {"pow2": pow2}
+    arrays += (jnp.asarray(np.random.default_rng(m).integers(-2, s + 2, m), jnp.int32),)
+    if kind.endswith("both"):
+        arrays += (jnp.asarray(sizes, jnp.int32),)
+    f = jax.jit(functools.partial(getattr(kernels, f"gather_{kind}_leaf"), **options))
+    return lambda: _numbers(f(*arrays))
+
+
+def sum_of_rows(shape, *, weighted=False, input_dtype=jnp.bfloat16, out_dtype=jnp.bfloat16):
+    """Sums of rows in order; with weights that are powers of two, so that one rounding or two are the same."""
+    from jaxfp8.kernels.sum_rows import sum_rows_leaf
+
+    s, j, m, k = shape
+    r = np.random.default_rng(m)
+    arrays = [normal(m, m, k, dtype=input_dtype)]
+    arrays.append(jnp.asarray(r.integers(-2, m, (s, j)), jnp.int32).at[s // 2, 0].set(m))
+    if weighted:
+        arrays.append(jnp.asarray(np.exp2(r.integers(-9, 2, (s, j))), jnp.float32))
+    f = jax.jit(functools.partial(sum_rows_leaf, out_dtype=np.dtype(out_dtype)))
+    return lambda: _numbers(f(*arrays))
+
+
+def weighted_activation(kind, shape, name="silu", *, input_dtype=jnp.bfloat16, sizes=None):
+    """As `activation`, each row times a power of two; without the weights' gradient, a sum in another order."""
+    from jaxfp8.kernels import activation as act
+    from tests import oracle_activation
+
+    source, m = np.dtype(input_dtype), shape[0]
+    arrays = [oracle_activation.saturated(sum(shape), shape, source)]
+    if "grad" in kind:
+        arrays.append(oracle_activation.cotangents(sum(shape), (m, shape[-1]), source))
+    arrays.append(np.exp2(np.random.default_rng(m).integers(-6, 3, m)).astype(np.float32))
+    if sizes is not None:
+        arrays.append(np.asarray(sizes, np.int32))
+    arrays = [jnp.asarray(v) for v in arrays]
+    leaf = getattr(act, f"activation_{kind}_leaf")
+    f = jax.jit(lambda *xs: leaf(*xs, activation=name, dtype=np.dtype(E4M3), pow2=False)[:4])
+    return lambda: _numbers(f(*arrays))
+
+
+def train_moe(tokens, choices, experts, shape, *, dtype=np.float32):
+    """A mixture of experts, some choices of none, and its gradients."""
+    from tests.oracle_mixture import mixture
+
+    m = mixture(tokens, choices, experts, *shape)
+    arrays = [jnp.asarray(v).astype(dtype) for v in (m.x, m.gate, m.w_up, m.w_down, m.dy)]
+
+    @jax.jit
+    def run(x, gate, up, down, dy):
+        f = lambda x, gate, up, down: jaxfp8.moe(x, m.expert, gate, up, down)  # noqa: E731
+        y, pull = jax.vjp(f, x, gate, up, down)
+        return dict(zip(("y", "dx", "dgate", "dw_up", "dw_down"), (y, *pull(dy)), strict=True))
+
+    return lambda: run(*arrays)

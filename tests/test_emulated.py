@@ -231,6 +231,31 @@ def test_ragged_dot_trains(groups, seeds):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("kind", ["quantize_rows", "quantize_both", "rows", "requantize_both"])
+def test_rows_of_a_mixture_are_gathered_to_the_bit(kind):
+    for shape in ((20, 150, 40), (30, 40, 130)):
+        assert_bits_agree(cases.gather(kind, shape, [9, 0, 129]), seeds=(0, 1))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("weighted", [False, True])
+def test_rows_of_a_token_are_summed_to_the_bit(weighted):
+    for out_dtype in BOTH:
+        run = cases.sum_of_rows((20, 11, 50, 72), weighted=weighted, out_dtype=out_dtype)
+        assert_bits_agree(run, seeds=(0, 1))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "kind", ["weighted_rows", "ragged_weighted_both", "ragged_weighted_grad_both"]
+)
+def test_weighted_activations_agree_to_the_bit(kind):
+    sizes = [5, 0, 30] if "ragged" in kind else None
+    for shape in ((40, 2, 72), (40, 2, 132)):
+        assert_bits_agree(cases.weighted_activation(kind, shape, sizes=sizes), seeds=(0, 1))
+
+
+@pytest.mark.full
 def test_mixture_of_experts_and_its_gradients():
     """An expert without tokens, choices of none, an expert chosen twice."""
     m = mixture(40, 2, 3, 128, 128, 128)

@@ -165,16 +165,26 @@ def step(result):
 def blocks(result):
     """Mixture blocks, from the router's choice to the output, beside their products and the best BF16 peer."""
     lines = wrap(
-        f"On one {result['device']} ({result['date']}), forward and backward, from the router's choice to the output, "
-        "`moe` and the same block of `dispatch`, `ragged_mlp` and `combine`, in ms; BF16 is a block of sorted rows and "
-        "the fastest peer that was installed (without tokamax, `jax.lax.ragged_dot`, which XLA runs slowly)."
+        f"On one {result['device']} ({result['date']}), forward and backward, from the router's choice to the output, in "
+        "ms: `moe` and the same block of `dispatch`, `ragged_mlp` and `combine` by wall time, in turns; `moe`'s kernels "
+        "and its products alone by the profiler, in a burst at higher clocks. BF16 is a block of sorted rows and the "
+        "fastest peer that was installed in the same run."
     )
-    header = ["mixture block", "moe", "pieces", "products alone", "BF16", "BF16's products"]
+    header = [
+        "mixture block",
+        "moe",
+        "pieces",
+        "kernels of moe",
+        "products",
+        "kernels over products",
+        "BF16",
+    ]
     rows = [
         [
             r["name"],
-            *(f"{r[key]:.2f}" for key in ("ms", "pieces_ms", "products_ms", "bf16_ms")),
-            "jax.lax.ragged_dot" if r["bf16_side"] == "bf16" else r["bf16_side"],
+            *(f"{r[key]:.2f}" for key in ("ms", "pieces_ms", "kernels_ms", "products_ms")),
+            f"{r['kernels_ms'] / r['products_ms']:.2f}x",
+            f"{r['bf16_ms']:.2f} ({r['bf16_side']})" if r["bf16_ms"] else "not in this run",
         ]
         for r in result["blocks"]
     ]

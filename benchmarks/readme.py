@@ -165,10 +165,10 @@ def step(result):
 def blocks(result):
     """Mixture blocks, from the router's choice to the output, beside their products and the best BF16 peer."""
     lines = wrap(
-        f"On one {result['device']} ({result['date']}), forward and backward, from the router's choice to the output, in "
-        "ms: `moe` and the same block of `dispatch`, `ragged_mlp` and `combine` by wall time, in turns; `moe`'s kernels "
-        "and its products alone by the profiler, in a burst at higher clocks. BF16 is a block of sorted rows and the "
-        "fastest peer that was installed in the same run."
+        f"On one {result['device']} ({result['date']}), forward and backward, from the router's choice to the "
+        "output, in ms: `moe` and the same block of `dispatch`, `ragged_mlp` and `combine` by wall time, in turns; the "
+        "kernels of `moe` and its products alone by the profiler, in four steps of their own. BF16 is a block of "
+        "sorted rows and the fastest peer that was installed."
     )
     header = [
         "mixture block",

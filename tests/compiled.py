@@ -153,6 +153,7 @@ class Collective(NamedTuple):
     beside: (
         tuple[str, ...] | None
     )  # calls and dots between its start and its done; None: it has no start
+    scope: str = ""  # the operation of the traced function for which it runs
 
     @property
     def moved(self) -> int:
@@ -270,7 +271,24 @@ class Program:
                         arrays = arrays[len(arrays) // 2 :]
                     beside = tuple(self._until_done(body[at + 1 :], i)) if start else None
                     devices = group_size(i.attributes)
-                    found.append(Collective(kind, arrays, devices, times, loop, beside))
+                    scope = re.search(r'op_name="([^"]*)"', i.attributes)
+                    found.append(
+                        Collective(
+                            kind, arrays, devices, times, loop, beside, scope[1] if scope else ""
+                        )
+                    )
+        return found
+
+    def wide_gathers(self, least: int = 1 << 20) -> list[tuple[Array, str]]:
+        """What is gathered wider than FP8, from `least` bytes on, and the operation for which it is."""
+        found = []
+        for c in self.collectives():
+            if c.kind in ("all-gather", "all-to-all"):
+                found += [
+                    (a, c.scope)
+                    for a in c.arrays
+                    if a.bytes >= least and a.bytes > math.prod(a.dims)
+                ]
         return found
 
     def _until_done(self, later: list[Instruction], start: Instruction) -> Iterator[str]:
@@ -297,6 +315,9 @@ class Program:
         for (moved, *what, beside), times in sorted(merged.items(), reverse=True):
             line = "{:5} {:1} {:3} {:18} {:44} {:9.2f} {}"
             rows.append(line.format(times, *what, moved / 1e6, beside))
+        if wide := self.wide_gathers():
+            rows.append("gathered wider than FP8: what, MB, for which operation")
+            rows += [f"      {a!s:44} {a.bytes / 1e6:9.2f} {scope}" for a, scope in wide]
         rows.append(f"temporary memory {self.temporary_bytes / 2**20:.1f} MiB a device")
         return "\n".join(rows)
 

@@ -243,6 +243,26 @@ def test_fsdp_gathers_weights_in_fp8_and_sums_gradients_in_bfloat16(products, fo
     assert program.calls() == expected
 
 
+def test_what_is_gathered_wider_than_fp8_is_named():
+    """Part of a weight (D, 2F) that is cut on its columns, in bfloat16, for `mlp`'s (D, 2, F); nothing if cut on D."""
+    mesh = compiled.mesh({"data": 8})
+
+    def array(spec, *shape):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=jax.NamedSharding(mesh, spec))
+
+    def run(x, up, down):
+        return jaxfp8.mlp(x, up.reshape(1024, 2, 1024), down)
+
+    def wide(up):
+        args = array(P("data"), 8192, 1024), up, array(P("data"), 1024, 1024)
+        out = jax.NamedSharding(mesh, P("data"))
+        return compiled.compile_for(jax.jit(run, out_shardings=out), *args).wide_gathers()
+
+    assert wide(array(P("data"), 1024, 2048)) == []
+    found = wide(array(P(None, "data"), 1024, 2048))
+    assert [(a.dtype, scope) for a, scope in found] == [("bf16", "jit(run)/reshape")]
+
+
 def test_bf16_moves_six_bytes_a_parameter():
     program, _ = fsdp_program("bf16", "automatic", "64")
     assert fsdp_table.bytes_a_parameter(program) == pytest.approx(6, abs=0.05)

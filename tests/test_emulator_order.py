@@ -514,6 +514,24 @@ def test_a_racing_read_is_an_error_only_where_its_value_is_used(sync):
         assert found == ([] if sync else [(severity, True)]), use
 
 
+def test_a_read_that_a_write_overtakes_is_an_error_only_where_its_value_is_used():
+    """Warp 0 reads a cell, and nothing holds warp 1 from writing it."""
+    body = """st.shared.u32 [%r1], %r100;
+    bar.sync 0;
+    setp.ge.u32 %p1, %r100, 32;
+    @%p1 bra WRITE;
+    ld.shared.u32 %r3, [%r1];
+    {}
+    st.global.u32 [%d2], %r4;
+    bra END;
+WRITE:
+    st.shared.u32 [%r1+-128], 7;
+END:"""
+    for use, severity in (("mov.b32 %r4, %r3;", "error"), ("and.b32 %r4, %r3, 0;", "warning")):
+        (finding,) = _collect(_exchange(body.format(use))).findings
+        assert (type(finding), finding.severity) == (Race, severity)
+
+
 def test_rows_of_a_wgmma_that_nobody_stores_need_no_value():
     """Rows 32 and up of A are not written; they are those of warps 2 and 3."""
     program = PROGRAMS["wgmma m64n64k32.f32.e4m3.e4m3 swizzle 128"]

@@ -122,6 +122,9 @@ class Launch:
             raise LaunchError(f"stop_at is {stop_at!r}; allowed are 'warning', 'error', 'nothing'")
         self.stop_at, self.poison = stop_at, poison
         self.perturbs = perturbs  # gives values to reads that a finding is about
+        # Reads that nothing orders before a write, by cluster, CTA, agent and granule: their clocks.
+        self.overwritten: dict[tuple[int, int, int, int], tuple[int, int]] = {}
+        self._clusters = 0
         # Where dependents may start early, what this launch reads is kept for them (order.py).
         self.number = len(memory.order.grids)
         self.logs_reads = check_races and any(
@@ -265,6 +268,11 @@ class Launch:
             if count:
                 for i in range(node.first, node.first + node.count):
                     self.report.opcodes[instructions[i].opcode] += count
+
+    def new_ordinal(self) -> int:
+        """A cluster's number in the order of execution."""
+        self._clusters += 1
+        return self._clusters
 
     def found(self, error: EmulatorError) -> bool:
         """Keeps a finding that does not end the run; False for one that does."""
@@ -434,6 +442,7 @@ def launch(
         unwritten = [f for f in report.findings if f.of_a_value]
         if unwritten and report.finished and before is not None:
             again = start(check_races, "nothing", poison=_OTHER_POISON, perturbs=True)
+            again.overwritten = running.overwritten
             used = _depends_on_poison(again, before)
             for finding in unwritten:
                 finding.severity = "error" if used else "warning"

@@ -230,6 +230,7 @@ class Cluster:
         # Between clusters (order.py).
         self.order = launch.memory.order
         self.id = self.order.new_cluster()
+        self.ordinal = launch.new_ordinal()
         self.imports: list[Import] = []
         self.size = len(blocks)
         self.warps_per_cta = launch.threads // 32

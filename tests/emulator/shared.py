@@ -125,6 +125,8 @@ class SharedMemory:
         if clash.any():
             self._lanes_race(who, granules, clash, "read", "a write")
         bad = ~ok | clash
+        if self.cluster.launch.perturbs:
+            bad |= self._overwritten_early(granules, agent, seen[who, agent])
         self.reads[granules, agent] = seen[who, agent]
         other = (self.read_epoch[granules] == epoch) & (self.read_lane[granules] != lane)
         self.read_lane[granules] = lane
@@ -224,6 +226,8 @@ class SharedMemory:
                 self._no_fence(who, granules, ok | ~ordered, f"{what} reads")
         column = self.reads[:, agent]
         column[granules] = np.maximum(column[granules], clock)
+        if self.cluster.launch.perturbs:
+            ok = ok & ~self._overwritten_early(granules, agent, clock)
         return None if ok.all() else ~ok
 
     def async_write(self, warp: Warp, lane: int, granules, agent: int, clock: int, what: str):
@@ -399,8 +403,39 @@ class SharedMemory:
             of_a_value=_is_read(what),
         )
 
+    def _overwritten_early(self, granules, agents, clocks) -> np.ndarray:
+        """Which of these reads the first run has found overwritten with nothing in between."""
+        launch, place = self.cluster.launch, (self.cluster.ordinal, self.rank)
+        if isinstance(granules, slice):
+            granules = np.arange(granules.start, granules.stop)
+        found = np.zeros(len(granules), bool)
+        if not launch.overwritten:
+            return found
+        every = np.broadcast_arrays(granules, agents, clocks)
+        for i, (granule, agent, clock) in enumerate(zip(*(x.tolist() for x in every), strict=True)):
+            low, high = launch.overwritten.get((*place, agent, granule), (0, 0))
+            found[i] = low < clock <= high
+        return found
+
+    def _note_overwritten(self, granules, bad: np.ndarray, limit):
+        """Keeps the reads that a write follows with nothing in between, for a second run."""
+        if isinstance(granules, slice):
+            granules = np.arange(granules.start, granules.stop)
+        limit = np.broadcast_to(limit, bad.shape)
+        kept = self.cluster.launch.overwritten
+        for i, agent in np.argwhere(bad).tolist():
+            key = (self.cluster.ordinal, self.rank, agent, int(granules[i]))
+            low, high = int(limit[i, agent]), int(self.reads[granules[i], agent])
+            before = kept.get(key, (low, high))
+            kept[key] = min(low, before[0]), max(high, before[1])
+
     def _still_read(self, who, granules, limit):
         bad = self.reads[granules] > limit
+        cluster = self.cluster
+        if cluster.launch.stop_at != "warning" and not cluster.launch.perturbs:
+            self._note_overwritten(granules, bad, limit)
+        agents = np.flatnonzero(bad.any(axis=0))
+        copies = (agents >= cluster.first_bulk) & (agents < cluster.first_single)
         position, granule = self._first(granules, bad.any(axis=1))
         reader = int(np.flatnonzero(bad[position])[0])
         actor = self._actor(who, position)
@@ -412,6 +447,7 @@ class SharedMemory:
             actor=actor,
             other=self.cluster.agent(reader),
             offset=offset,
+            of_a_value=not copies.any(),
         )
 
     def _no_fence(self, who: str, granules, ok, what: str):

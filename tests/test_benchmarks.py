@@ -48,12 +48,13 @@ def test_steps_and_mixture_blocks_become_rows_of_ratios():
         "name": "32 experts",
         "ms": 22.0,
         "pieces_ms": 23.0,
+        "kernels_ms": 20.0,
         "products_ms": 16.0,
-        "bf16_ms": 55.0,
     }
-    for side, products in (("tokamax", "tokamax"), ("bf16", "jax.lax.ragged_dot")):
-        rows = readme.blocks(result | {"blocks": [block | {"bf16_side": side}]})
-        assert f"| 32 experts | 22.00 | 23.00 | 16.00 | 55.00 | {products} |" in rows
+    for peer, text in (((55.0, "tokamax"), "55.00 (tokamax)"), ((None, None), "not in this run")):
+        bf16 = dict(zip(("bf16_ms", "bf16_side"), peer, strict=True))
+        rows = readme.blocks(result | {"blocks": [block | bf16]})
+        assert f"| 32 experts | 22.00 | 23.00 | 20.00 | 16.00 | 1.25x | {text} |" in rows
 
 
 def test_every_shape_of_deepgemms_lists_is_measured():

@@ -10,11 +10,14 @@ from jax.sharding import PartitionSpec as P
 
 import jaxfp8
 from tests.optimization import OPTIMIZED
-from tests.programs import assert_same_bits, products, walk
+from tests.programs import assert_close, assert_same_bits, products, walk
 from tests.public_functions import (
     DIFFERENTIABLE,
     FUNCTIONS,
+    GROUPS,
     QUANTIZED,
+    K,
+    N,
     arrays_of,
     index_of,
     shapes_of,
@@ -123,6 +126,42 @@ def test_the_number_of_tokens_may_be_symbolic(name):
         rtol=1e-5,
         atol=1e-4,
     )
+
+
+@pytest.mark.parametrize("name", ["ragged_dot", "ragged_mlp", "grouped_gemm"])
+def test_the_number_of_groups_may_be_symbolic(name):
+    f, arrays = call(name)
+    function = FUNCTIONS[name]
+    (g,) = jax.export.symbolic_shape("g")
+    types = [
+        jax.ShapeDtypeStruct((g, *a.shape[1:]) if a.shape[0] == GROUPS else a.shape, a.dtype)
+        for a in arrays
+    ]
+    sizes = index_of(function, TOKENS)
+
+    def both(*arguments):
+        *arrays, sizes = arguments
+        g = lambda *arrays: function.call(*arrays, sizes)  # noqa: E731
+        return g(*arrays), *(gradient(g)(*arrays) if name in DIFFERENTIABLE else ())
+
+    checks = jaxfp8.export.disabled_checks()
+    export = jax.export.export(jax.jit(both), platforms=("cpu",), disabled_checks=checks)
+    exported = export(*types, jax.ShapeDtypeStruct((g,), jnp.int32))
+    assert_close(exported.call(*arrays, sizes), both(*arrays, sizes), 1e-6)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "name", ["linear", "einsum", "dot_general", "ragged_dot", "gemm", "grouped_gemm"]
+)
+def test_a_contraction_over_nothing_is_zero_and_no_columns_are_an_empty_result(name):
+    function = FUNCTIONS[name]
+    index = index_of(function, TOKENS)
+    for without in (K, N):
+        shapes = [tuple(0 if d == without else d for d in s) for s in shapes_of(function, TOKENS)]
+        y = function.call(*(np.ones(s, np.float32) for s in shapes), index)
+        assert y.shape == (TOKENS, N if without == K else 0)
+        np.testing.assert_array_equal(np.asarray(y, np.float32), np.zeros(y.shape))
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -20,13 +20,32 @@ def padded_tokens(tokens: int, groups: int) -> int:
     return (ceil_blocks(tokens) + groups) * BLOCK
 
 
+def _one_by_one(add, counts):
+    """Running results over a symbolic number of counts, of which JAX has no cumulative sum."""
+    zero = counts[0] - counts[0]  # varies over devices as the counts do
+
+    def step(total, count):
+        total = add(total, count)
+        return total, total
+
+    return lax.scan(step, zero, counts)[1]
+
+
+def running_sum(counts):
+    """The sum up to and with each of int32 (G,)."""
+    if isinstance(counts.shape[0], int):
+        return jnp.cumsum(counts, dtype=jnp.int32)
+    return _one_by_one(jnp.add, counts)
+
+
 def group_ends(group_sizes, tokens: int):
     """End row of each group, int32 (G,). Negative sizes count as zero; groups are clipped to `tokens` rows.
 
     The sum saturates instead of overflowing: every partial sum is at most `tokens`.
     """
     sizes = jnp.clip(group_sizes.astype(jnp.int32), 0, tokens)
-    return lax.associative_scan(lambda a, b: jnp.minimum(a + b, tokens), sizes)
+    running = lax.associative_scan if isinstance(sizes.shape[0], int) else _one_by_one
+    return running(lambda a, b: jnp.minimum(a + b, tokens), sizes)
 
 
 def group_bounds(group_sizes, tokens: int):
@@ -39,7 +58,7 @@ def group_bounds(group_sizes, tokens: int):
 def padded_starts(starts, ends):
     """First token of each group in the group-padded token axis, int32 (G,)."""
     padded = (ends - starts + BLOCK - 1) // BLOCK * BLOCK
-    return jnp.cumsum(padded, dtype=jnp.int32) - padded
+    return running_sum(padded) - padded
 
 
 def group_at(starts, position):

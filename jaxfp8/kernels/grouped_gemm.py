@@ -19,6 +19,7 @@ from .._arrays.blocks import (
     group_at,
     group_bounds,
     padded_starts,
+    running_sum,
 )
 from .._arrays.quantized_array import QuantizedArray, quantized
 from .._primitives.call import Call
@@ -48,7 +49,7 @@ def _walk_tiles(tiles, body, init, operands):
     In shard_map the carry varies over devices as the operands that the body reads do.
     """
     init, tiles, *_ = match_varying([init, tiles, *operands])
-    ends = jnp.cumsum(tiles, dtype=jnp.int32)
+    ends = running_sum(tiles)
 
     def step(i, carry):
         group = group_at(ends, i) + 1
@@ -61,8 +62,9 @@ def _reference_grouped(lhs, lhs_scale, rhs, rhs_scale, sizes, *, out_dtype, num_
     """(M, K) . (G, N, K) -> (M, N); a row uses the matrix of its group, rows past the last group are zero."""
     m = lhs.shape[0]
     groups, n, _ = rhs.shape
-    # Larger tiles are faster where groups are large; of a symbolic number of rows nothing is known.
-    tile = BLOCK * max(1, min(4, m // (groups * BLOCK))) if isinstance(m, int) else BLOCK
+    # Larger tiles are faster where groups are large; of symbolic numbers nothing is known.
+    known = isinstance(m, int) and isinstance(groups, int)
+    tile = BLOCK * max(1, min(4, m // (groups * BLOCK))) if known else BLOCK
     starts, ends = group_bounds(sizes, m)
     lhs = jnp.pad(dequantize_blocks(lhs, lhs_scale, ROW), [(0, tile), (0, 0)])
 

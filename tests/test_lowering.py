@@ -309,6 +309,17 @@ def test_every_call_says_about_how_long_it_runs():
     assert all(found.values())
 
 
+def test_every_call_of_a_mixture_says_about_how_long_it_runs():
+    def loss(x, gate, up, down):
+        return jaxfp8.moe(x, expert, gate, up, down).astype(jnp.float32).sum()
+
+    x, gate = jnp.zeros((64, 256), jnp.bfloat16), jnp.ones((64, 2))
+    expert, up, down = jnp.zeros((64, 2), jnp.int32), EXPERTS, jnp.zeros((3, 384, 256))
+    found = told(cuda_text(jax.grad(loss, (0, 1, 2, 3)), x, gate, up, down))
+    assert {"sum_rows", "grouped_gemm", "grouped_wgrad_gemm"} <= set(found)
+    assert all(found.values())
+
+
 def test_a_call_of_any_number_of_rows_says_nothing_of_its_time():
     (rows,) = jax.export.symbolic_shape("m")
     x = jax.ShapeDtypeStruct((rows, 256), jnp.float32)

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxfp8
 from tests import oracle_gradients as og
+from tests import oracle_mlp
 from tests import oracle_quantize as oq
 from tests.programs import assert_close, assert_same_bits, walk
 
@@ -200,3 +201,71 @@ def test_what_does_not_fit_is_refused_by_name(case):
     call, words = REFUSED[case]
     with pytest.raises((ValueError, TypeError), match=words):
         call(published(384, 256)[0])
+
+
+# ------------------------------------------------------------------------------------------------
+# MLPs and mixtures
+# ------------------------------------------------------------------------------------------------
+
+
+def mlp_case(groups=(), gated=True):
+    """Weights (..., K, [2,] F) and (..., F, N) in high precision, and the same in FP8 alone."""
+    up, down = oracle_mlp.weights(256, 128, 384, gated, groups)
+    flat = up.reshape(*up.shape[: len(groups) + 1], -1)
+    frozen = [jaxfp8.quantize(jnp.swapaxes(jnp.asarray(w), -1, -2), SQUARE) for w in (flat, down)]
+    return up, down, frozen
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_an_mlp_is_that_of_the_weights_numbers(gated):
+    up, down, frozen = mlp_case(gated=gated)
+    x, dy = oracle_mlp.tokens(200, 256, 384)
+    want = oracle_mlp.reference(x, up, down, dy, "silu")[:2]
+    got = jax.jit(lambda x, dy, w: run(lambda x, w: jaxfp8.mlp(x, *w), x, w, dy))(x, dy, frozen)
+    for a, b in zip(got, want, strict=True):
+        assert_close(a, b, oracle_mlp.FLIPS)
+    wrapped = [as_weight(q) for q in frozen]
+    assert_same_bits(jaxfp8.mlp(x, *wrapped), jaxfp8.mlp(x, *frozen))
+
+
+def test_experts_mlps_are_those_of_the_weights_numbers():
+    up, down, frozen = mlp_case((4,))
+    x, dy = oracle_mlp.tokens(256, 256, 384)
+    want = oracle_mlp.ragged_reference(x, up, down, dy, SIZES, "silu")[:2]
+    f = lambda x, w: jaxfp8.ragged_mlp(x, *w, SIZES)  # noqa: E731
+    got = jax.jit(lambda x, dy, w: run(f, x, w, dy))(x, dy, frozen)
+    for a, b in zip(got, want, strict=True):
+        assert_close(a, b, oracle_mlp.FLIPS)
+
+
+def test_a_mixture_has_the_bits_of_weights_quantized_ahead():
+    up, down, frozen = mlp_case((4,))
+    ahead = [jaxfp8.prequantize(w.reshape(*w.shape[:2], -1)) for w in (up, down)]
+    x, dy = oracle_mlp.tokens(64, 256, 384)
+    expert = RNG.integers(0, 4, (64, 2)).astype(np.int32)
+    gate = RNG.uniform(0, 1, (64, 2)).astype(np.float32)
+
+    @jax.jit
+    def both(x, gate, w, dy):
+        y, pull = jax.vjp(lambda x, gate: jaxfp8.moe(x, expert, gate, *w), x, gate)
+        return y, *pull(dy)
+
+    assert_same_bits(
+        both(x, gate, frozen, dy), both(x, gate, [w.with_value(w.value) for w in ahead], dy)
+    )
+
+
+def test_one_weight_may_be_frozen_and_the_other_trained():
+    up, down, frozen = mlp_case()
+    x, dy = oracle_mlp.tokens(200, 256, 384)
+    want = oracle_mlp.reference(x, up, down, dy, "silu")
+    y, pull = jax.vjp(lambda x, down: jaxfp8.mlp(x, frozen[0], down), x, down)
+    dx, ddown = pull(dy)
+    for a, b in zip((y, dx, ddown), (want[0], want[1], want[3]), strict=True):
+        assert_close(a, b, oracle_mlp.FLIPS)
+
+
+def test_integers_are_no_weights_of_an_mlp():
+    up, down, _ = mlp_case(gated=False)
+    with pytest.raises(TypeError, match="w_down has dtype uint8"):
+        jaxfp8.mlp(normal(4, 256), up, down.astype(np.uint8))

@@ -132,6 +132,27 @@ def frozen_weight(function: str, name: str, w: Any, shape: str) -> QuantizedArra
     return quantized(function, name, w, shape, ((BLOCK, BLOCK),))
 
 
+def with_copies(function: str, name: str, w: Any, shape: str) -> Any:
+    """A weight that is FP8 alone with both orientations; its value, which no product reads, is integers. Others as is.
+
+    Integers have no tangent, so that no gradient is made for it. `shape`: the operand's, such as "(N, K)".
+    """
+    frozen = frozen_weight(function, name, w, shape)
+    if frozen is None:
+        return w
+    bits = lax.bitcast_convert_type(frozen.data, jnp.uint8)
+    other = jnp.swapaxes(bits, -1, -2)
+    scale = lax.stop_gradient(jnp.swapaxes(frozen.scale, -1, -2))
+    return QuantizedWeight(other, bits, other, scale, frozen.dtype)
+
+
+def value_of(function: str, name: str, w: Any, shape: str) -> jax.Array:
+    """The value of a weight, quantized ahead or not, with the rank of `shape`; integers of one that is FP8 alone."""
+    if not isinstance(w, QuantizedWeight):
+        return checks.array(function, name, w, shape)
+    return checks.array(function, name, w.value, shape, (*checks.INPUT_DTYPES, np.dtype(np.uint8)))
+
+
 def parts(function: str, name: str, w: Any) -> WeightCopies | tuple[()]:
     """What a product takes of a QuantizedWeight: data and scales of both orientations; () of a plain array."""
     if not isinstance(w, QuantizedWeight):

@@ -20,7 +20,7 @@ import numpy as np
 
 from .._arrays import checks
 from .._arrays.blocks import BLOCK
-from .._arrays.quantized_weight import parts
+from .._arrays.quantized_weight import parts, value_of, with_copies
 from .._arrays.recipe import Recipe, current_recipe
 from .._primitives.call import Call
 from .._primitives.mesh import place
@@ -41,17 +41,21 @@ def check_mlp(function, x, w_up, w_down, activation, preferred_element_type, rec
             f"others, jax.nn.gelu(approximate=False) included, call jaxfp8.{product} twice with the activation between"
         )
     x = checks.array(function, "x", x, "(M, K)" if groups else "(..., K)")
+    w_up, w_down = (
+        with_copies(function, name, w, "(G, N, K)" if groups else "(N, K)")
+        for name, w in (("w_up", w_up), ("w_down", w_down))
+    )
     quantized_up, quantized_down = (
         parts(function, name, w) for name, w in (("w_up", w_up), ("w_down", w_down))
     )
-    w_down = w_down.value if quantized_down else w_down
-    w_down = checks.array(function, "w_down", w_down, f"({groups}F, N)")
+    w_down = value_of(function, "w_down", w_down, f"({groups}F, N)")
     shapes = f"({groups}K, F)", f"({groups}K, 2, F)"
     if quantized_up:
-        w_up = checks.array(function, "w_up", w_up.value, f"({groups}K, F or 2 F)")
+        w_up = value_of(function, "w_up", w_up, f"({groups}K, F or 2 F)")
         if w_up.shape[-1] == 2 * w_down.shape[-2]:
             w_up = w_up.reshape(*w_up.shape[:-1], 2, w_down.shape[-2])
-    w_up = checks.array(function, "w_up", w_up, "(...)")
+    else:
+        w_up = checks.array(function, "w_up", w_up, "(...)")
     at = w_up.ndim - len(shapes[0].split(","))
     if at not in (0, 1) or (at and w_up.shape[-2] != 2):
         raise ValueError(
@@ -107,7 +111,8 @@ def mlp(
     - `x`: float32, bfloat16 or float16 `(..., K)`.
     - `w_up`: likewise, `(K, F)`, or `(K, 2, F)` with a gate, `w_up[:, 0]`. (Not `(K, 2 F)`: so F can be sharded.) Or a
       `QuantizedWeight` (see `jaxfp8.prequantize`) of `(K, F)`, or with a gate of `(K, 2 F)`, F a multiple of 128.
-    - `w_down`: likewise, `(F, N)`, or a `QuantizedWeight` of that.
+    - `w_down`: likewise, `(F, N)`, or a `QuantizedWeight` of that. Either may be FP8 alone, for which no gradient is
+      made: a `QuantizedArray` in 128x128 blocks, `(F, K)` or `(2 F, K)` (gate, then up), and `(N, F)`.
     - `activation`: `"silu"`, or `"gelu"`: the tanh approximation, as `jax.nn.gelu`'s default. The exact gelu,
       `jax.nn.gelu(approximate=False)`, and other activations run unfused, in high precision, between two products:
       `linear(jax.nn.gelu(linear(x, w_up), approximate=False), w_down)`; of experts, `ragged_dot` likewise.
@@ -158,7 +163,7 @@ def ragged_mlp(
 
     - `x`: tokens sorted by group, `(M, K)`.
     - `w_up`: `(G, K, F)`, or `(G, K, 2, F)` with a gate, or a `QuantizedWeight` of `(G, K, F)` or `(G, K, 2 F)`.
-    - `w_down`: `(G, F, N)`, or a `QuantizedWeight` of that.
+    - `w_down`: `(G, F, N)`, or a `QuantizedWeight` of that. FP8 alone as in `mlp`, with a leading G.
     - `group_sizes`: int32 `(G,)`, rows of each group. Negative counts as zero; groups are clipped to M.
 
     **Returns:** `(M, N)`. Rows past the last group are zero and contribute nothing to gradients; empty groups have

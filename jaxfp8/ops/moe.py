@@ -74,7 +74,7 @@ def moe(
     - `gate`: the weights of their results, float32, bfloat16 or float16 `(..., k)`. They multiply in float32.
     - `w_up`: float32, bfloat16 or float16 `(G, K, F)`, or `(G, K, 2, F)` with a gate, or a `QuantizedWeight` of
       `(G, K, F)` or `(G, K, 2 F)` (see `jaxfp8.prequantize`).
-    - `w_down`: likewise, `(G, F, N)`, or a `QuantizedWeight` of that.
+    - `w_down`: likewise, `(G, F, N)`, or a `QuantizedWeight` of that. FP8 alone as in `mlp`, with a leading G.
     - `activation`: `"silu"`, or `"gelu"`: the tanh approximation.
     - `axis_name`: mesh axes of `shard_map` over which experts and tokens are cut, one or two levels; `w_up` and
       `w_down` are then this device's experts, `expert` counts those of all. None for experts that are all here.

@@ -289,7 +289,7 @@ def test_equinox_mlp_under_vmap_is_one_product_a_layer():
 
     assert_equals_by_hand(loss, by_hand, arrays, x, ours=3, policy=SMALL)
     jaxpr = traced(jax.grad(autocast(loss, policy=SMALL)), arrays, x)
-    assert products(jaxpr) == 3 * 3
+    assert products(jaxpr) == 3 * 3 - 1  # nobody asks for x's gradient
     assert_close(
         autocast(jax.vmap(model), policy=SMALL)(x), jax.vmap(model)(x), 0.1
     )  # a module with functions among its leaves

@@ -186,8 +186,8 @@ def test_an_mlp_is_six_products_of_its_sizes(ragged):
     expected = [
         product("forward", T, 2 * F, D),
         product("forward", T, D, F),
-        product("input gradient", T, F, D),
         wgrad(F, D),
+        product("input gradient", T, F, D),
         product("input gradient", T, D, 2 * F),
         wgrad(D, 2 * F),
     ]

@@ -850,3 +850,43 @@ def test_an_argument_changed_in_place_is_refused():
 
     with pytest.raises(ValueError, match=r"the function changes box.* in place"):
         autocast(f)(Box(X), W)
+
+
+def test_a_jitted_function_is_compiled_once():
+    compiled = []
+
+    def listener(event, *_, **__):
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    cast = autocast(jax.jit(lambda w, x: jnp.tanh(x @ w)), policy=SMALL)
+    w, x = normal(0, 64, 64), normal(1, 64, 64)
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        first = cast(w, x)
+        assert compiled
+        compiled.clear()
+        assert_same_bits(cast(w, x), first)
+        assert compiled == []
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+
+
+def test_a_symbolic_size_is_decided_by_the_policy_or_a_bound():
+    def ours(policy=None, constraints=()):
+        (m,) = jax.export.symbolic_shape("m", constraints=constraints)
+        args = {"w": normal(0, 128, 128)}, jax.ShapeDtypeStruct((m, 128), jnp.float32)
+        return products(jax.make_jaxpr(autocast(lambda p, x: x @ p["w"], policy=policy))(*args))
+
+    with pytest.raises(ValueError, match="M=m is symbolic.*allowed: AutocastPolicy.min_m=1., or a"):
+        ours()
+    assert ours(AutocastPolicy(min_m=1)) == 1
+    assert ours(constraints=["m >= 128"]) == 1
+    assert ours(constraints=["m <= 127"]) == 0
+
+
+def test_a_second_derivative_says_what_to_do():
+    x, p = normal(0, 64, 64), {"w": normal(1, 64, 64)}
+    inside = autocast(jax.grad(lambda p, x: (jnp.tanh(x @ p["w"]) ** 2).sum()), policy=SMALL)
+    with pytest.raises(NotImplementedError, match="autocast: .* Put autocast inside"):
+        jax.grad(lambda p: inside(p, x)["w"].sum())(p)

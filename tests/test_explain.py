@@ -314,3 +314,31 @@ def test_a_mixture_by_hand_is_told_of_moe():
     assert not told(jaxfp8.autocast(jax.lax.ragged_dot), x, w, jnp.full(4, 64))
     up = jnp.ones((4, 128, 2, 128), jnp.bfloat16)
     assert not told(lambda x, gate, up, w: jaxfp8.moe(x, expert, gate, up, w), x, gate, up, w)
+
+
+def test_a_pallas_kernel_is_a_row_with_its_share():
+    pl = pytest.importorskip("jax.experimental.pallas")
+
+    def kernel(a, b, o):
+        o[...] = jnp.dot(a[...], b[...])
+
+    def f(p, x):
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return pl.pallas_call(kernel, out_shape=shape, interpret=True)(x @ p["w"], p["v"])
+
+    p = {"w": struct(D, D), "v": struct(D, D)}
+    first, opaque = explain(autocast(f), p, struct(T, D), gradient=False).lines
+    assert first.fp8 and not opaque.fp8 and "opaque: a Pallas kernel" in opaque.reason
+    assert opaque.flops == first.flops
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_explain_differentiates_a_function_and_its_cast_alike(held):
+    def loss(p, x):
+        w = p["w"] if held else p
+        return (jnp.tanh(x @ w) ** 2).sum()
+
+    w, x = struct(D, D), struct(T, D)
+    args = ({"w": w}, x) if held else (w, x)
+    roles = [sorted(line.role for line in explain(f, *args).lines) for f in (loss, autocast(loss))]
+    assert roles == [["forward", "weight gradient"]] * 2

@@ -11,10 +11,15 @@ import functools
 import inspect
 from typing import Any
 
+import jax
+
 from .._arrays.recipe import current_recipe
 from .policy import AutocastPolicy
 from .rewriter import Rewriter
 from .traced import Traced
+
+KEPT_JAXPRS = 256
+"""How many rewritten jaxprs a function keeps between calls."""
 
 
 def autocast(fn: Any = None, *, policy: AutocastPolicy | None = None) -> Any:
@@ -59,10 +64,17 @@ def autocast(fn: Any = None, *, policy: AutocastPolicy | None = None) -> Any:
         raise TypeError(f"autocast: fn is a {type(fn).__name__}; allowed: a function")
     in_force = policy or AutocastPolicy()
 
+    kept: dict[Any, Any] = {}
+
     def wrapped(*args, **kwargs):
         recipe = current_recipe("autocast", in_force.recipe)
         traced = Traced(fn, args, kwargs, in_force)
-        rewriter = Rewriter(traced.knowledge, in_force, recipe)
+        eager = not any(
+            isinstance(x, jax.core.Tracer) for x in [*traced.arrays, *traced.jaxpr.consts]
+        )
+        if len(kept) > KEPT_JAXPRS:
+            kept.clear()
+        rewriter = Rewriter(traced.knowledge, in_force, recipe, kept if eager else None)
         plan, _ = rewriter.planner().plan(traced.jaxpr, traced.origins())
         return traced.result(rewriter.run(traced.jaxpr, plan, traced.arrays))
 

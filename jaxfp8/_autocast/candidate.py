@@ -159,8 +159,6 @@ def impossible(product: Candidate, eqn: Any, dims: Dims, tangent: bool) -> str:
         return "contracts no axis"
     if tangent:
         return "a tangent of a custom_jvp rule"
-    if product.weight is None and product.role != "weight gradient":
-        return "both operands vary with the batch"
     if 0 in product.lhs_shape + product.rhs_shape:
         return "empty"
     return ""

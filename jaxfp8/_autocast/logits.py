@@ -13,12 +13,20 @@ from .jaxprs import bodies, open_jaxpr, scan_counts
 Axes = frozenset
 NONE: Axes = frozenset()
 
-_RANKS = {"reduce_max": "axes", "argmax": "axes", "argmin": "axes"}
-_UNARY = frozenset(
+_RANKS = {"argmax": "axes", "argmin": "axes", "reduce_max": "axes"}
+_KEEPING = frozenset(
     """neg exp exp2 log log1p expm1 tanh logistic erf abs sign sqrt rsqrt integer_pow square convert_element_type copy
-    copy_p stop_gradient name reduce_precision sharding_constraint reshard pvary pcast""".split()
+    copy_p stop_gradient name reduce_precision sharding_constraint reshard pvary pcast add sub mul div max min pow
+    add_any select_n clamp concatenate split pad rev slice dynamic_slice dynamic_update_slice cumsum cumlogsumexp cummax
+    psum psum2 psum_invariant pmax pmin ppermute all_gather optimization_barrier nextafter""".split()
 )
-_BINARY = frozenset("add sub mul div max min pow add_any".split())
+"""Each operand of the result's rank has the result's axes."""
+
+_REDUCING = frozenset("reduce_sum reduce_max reduce_min reduce_prod argmax argmin".split())
+
+_BROADCAST = frozenset(
+    "broadcast_in_dim stop_gradient reshape max squeeze copy convert_element_type".split()
+)
 
 
 class Logits:
@@ -39,13 +47,8 @@ class Logits:
 
     def _walk(self, jaxpr, outs):
         axes: dict[Any, Axes] = {}
-        spread = {  # what may be added or multiplied without hiding which values are ranked
-            v
-            for eqn in jaxpr.eqns
-            if eqn.primitive.name == "broadcast_in_dim"
-            and len(eqn.params["broadcast_dimensions"]) < len(eqn.params["shape"])
-            for v in eqn.outvars
-        }
+        made = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
+        subtracted = self._subtracted(jaxpr, made)
 
         def put(atom, found):
             if found and not isinstance(atom, JaxprLiteral):
@@ -54,16 +57,31 @@ class Logits:
         for atom, found in zip(jaxpr.outvars, outs, strict=True):
             put(atom, found)
         for eqn in reversed(jaxpr.eqns):
-            self._step(eqn, [axes.get(v, NONE) for v in eqn.outvars], put, spread)
+            self._step(eqn, [axes.get(v, NONE) for v in eqn.outvars], put, made, subtracted)
         return axes, [axes.get(v, NONE) for v in jaxpr.invars]
 
-    def _step(self, eqn, outs, put, spread):
+    @staticmethod
+    def _subtracted(jaxpr, made):
+        """Results of equations that are subtracted from something: of a maximum, the one of a softmax."""
+        found = set()
+        for eqn in jaxpr.eqns:
+            v = eqn.invars[1] if eqn.primitive.name == "sub" else None
+            while v is not None and not isinstance(v, JaxprLiteral) and v not in found:
+                found.add(v)
+                before = made.get(v)
+                through = before is not None and before.primitive.name in _BROADCAST
+                v = before.invars[-1] if through else None
+        return found
+
+    def _step(self, eqn, outs, put, made, subtracted):
         name, params = eqn.primitive.name, eqn.params
         x: Any = eqn.invars[0] if eqn.invars else None
+        before = None if x is None or isinstance(x, JaxprLiteral) else made.get(x)
         if name in _RANKS:
-            ranked = tuple(params[_RANKS[name]])
-            if len(ranked) == 1:
-                put(x, Axes(ranked))
+            if len(params["axes"]) == 1 and (name != "reduce_max" or eqn.outvars[0] in subtracted):
+                put(x, Axes(params["axes"]))
+        elif name == "reduce_sum" and before is not None and before.primitive.name == "exp":
+            put(x, Axes(params["axes"]))
         elif name == "top_k":
             put(x, Axes({params.get("axis", -1) % len(x.aval.shape)}))
         elif name == "sort":
@@ -73,17 +91,16 @@ class Logits:
                 _, ins = self.inside(body.jaxpr, [NONE] * len(open_jaxpr(body.jaxpr)[0].outvars))
                 self._put_ins(eqn, body, ins, put)
             return
-        out = outs[0]
-        if name in _UNARY:
-            put(x, out)
-        elif name in _BINARY:
-            for v, other in (eqn.invars, eqn.invars[::-1]):
-                alone = isinstance(other, JaxprLiteral) or other in spread or not other.aval.shape
-                if alone and v.aval.shape == eqn.outvars[0].aval.shape:
+        out = NONE.union(*outs)
+        if name in _KEEPING:
+            for v in eqn.invars:
+                if len(v.aval.shape) == len(eqn.outvars[0].aval.shape):
                     put(v, out)
-        elif name == "select_n":
-            for v in eqn.invars[1:]:
-                put(v, out)
+        elif name.startswith("scatter"):
+            put(x, out)
+        elif name in _REDUCING:
+            kept = [i for i in range(len(x.aval.shape)) if i not in params["axes"]]
+            put(x, Axes(kept[a] for a in out))
         elif name == "transpose":
             put(x, Axes(params["permutation"][a] for a in out))
         elif name == "broadcast_in_dim":
@@ -94,8 +111,6 @@ class Logits:
         elif name == "squeeze":
             kept = [i for i in range(len(x.aval.shape)) if i not in params["dimensions"]]
             put(x, Axes(kept[a] for a in out))
-        elif name in ("slice", "dynamic_slice"):
-            put(x, out)
         else:
             self._enter(eqn, outs, put)
 
@@ -124,8 +139,10 @@ class Logits:
 
 
 def _before_reshape(old, new, axes):
-    """Axes of the old shape that are axes of the new one, whole."""
+    """Axes of the old shape that share elements' order with these axes of the new one: split and merged ones too."""
     for a in axes:
+        start, stop = math.prod(new[a + 1 :]), math.prod(new[a:])
         for b in range(len(old)):
-            if old[b] == new[a] and math.prod(old[:b]) == math.prod(new[:a]):
+            low, high = math.prod(old[b + 1 :]), math.prod(old[b:])
+            if low < stop and start < high and old[b] > 1:
                 yield b

@@ -31,7 +31,7 @@ from .candidate import (
 )
 from .jaxprs import ENTERED, bodies, computes_cotangents, join_scopes, open_jaxpr, scan_counts
 from .logits import NONE, Axes, Logits
-from .origins import ELEMENTWISE_OR_SHAPE, NOWHERE, Input, Knowledge, Origin, merge
+from .origins import NOWHERE, SAME_NUMBERS, Knowledge, Origin, merge, says_nothing
 from .plan import AutocastPlan, Found, Nested
 
 
@@ -63,10 +63,8 @@ class Planner:
         def read(atom):
             return NOWHERE if isinstance(atom, JaxprLiteral) else origins[atom]
 
-        for v in jaxpr.constvars:
-            origins[v] = Origin(frozenset({self.knowledge.add(Input("", constant=True))}))
-            if not jnp.issubdtype(v.aval.dtype, jnp.inexact):  # tokens, labels
-                self.knowledge.varying |= origins[v].leaves
+        values = consts or [v.aval for v in jaxpr.constvars]
+        origins.update(zip(jaxpr.constvars, map(self.knowledge.add, values), strict=True))
         origins.update(zip(jaxpr.invars, ins, strict=True))
 
         items: list[Found | Nested] = []
@@ -75,29 +73,34 @@ class Planner:
             name = eqn.primitive.name
             here = join_scopes(scope, str(eqn.source_info.name_stack))
             if name in ("dot_general", "ragged_dot_general"):
-                product = self._product(eqn, operands, axes, here, repeats, jaxpr, read)
+                product, out = self._product(eqn, operands, axes, here, repeats)
                 items.append(Found(i, product))
-                outs = [merge(operands)._replace(computed=True)] * len(eqn.outvars)
+                outs = [out]
             elif name in ENTERED:
                 found, outs = self._enter(eqn, operands, axes, here, repeats)
                 if any(plan.items for _, plan in found):
                     items.append(Nested(i, tuple(found), tuple(operands)))
             else:
-                outs = self._other(eqn, operands)
+                outs = self._other(eqn, operands, self.backward or computes_cotangents(here))
             origins.update(zip(eqn.outvars, outs, strict=True))
         return AutocastPlan(tuple(items)), [read(v) for v in jaxpr.outvars]
 
-    def _other(self, eqn, operands):
+    def _other(self, eqn, operands, backward):
         name = eqn.primitive.name
-        out = merge(operands)
-        if name == "gather":
-            self.knowledge.tables |= operands[0].leaves - operands[1].leaves
-        elif name in ELEMENTWISE_OR_SHAPE:
+        if eqn.outvars and not says_nothing(eqn.outvars[0].aval):
+            pairs = zip(eqn.invars, operands, strict=True)
+            operands = [NOWHERE if says_nothing(v.aval) else o for v, o in pairs]
+        out = merge(operands, backward=backward)
+        if name == "gather" and operands[0].kind in ("parameter", "either"):
+            if operands[1].kind == "data":  # rows are looked up
+                self.knowledge.tables |= operands[0].leaves
+                out = out._replace(kind="data", leaves=frozenset())
+        elif name in SAME_NUMBERS:
             is_bool = bool(eqn.invars) and eqn.invars[0].aval.dtype == jnp.bool_
             hot = operands[0].one_hot or (is_bool and name == "convert_element_type")
-            out = out._replace(one_hot=hot)
-        elif name.startswith("jaxfp8_"):
-            out = out._replace(computed=True)
+            out = out._replace(one_hot=hot, token=operands[0].token or out.token)
+        elif name.startswith("random_"):
+            out = out._replace(kind="data", leaves=frozenset())
         return [out] * len(eqn.outvars)
 
     def _enter(self, eqn, operands, axes, scope, repeats):
@@ -129,21 +132,14 @@ class Planner:
             if len(outs) == len(eqn.outvars) and body.key[0] != "cond_jaxpr":
                 results.append(outs)
         outs = [
-            merge(each)._replace(one_hot=each[0].one_hot) for each in zip(*results, strict=True)
+            each[0] if len(each) == 1 else merge(each)._replace(one_hot=each[0].one_hot)
+            for each in zip(*results, strict=True)
         ]
-        if name == "cond":
-            outs = [merge([o, operands[0]]) for o in outs]
         return found, outs or [merge(operands)] * len(eqn.outvars)
 
     def _settle(self, jaxpr, ins, out_axes, carried):
-        """Origins of a loop's inputs once what is carried around depends on all that it ever will.
-
-        Only what is carried in, and what is known to vary, spreads: else every activation of a scan over layers would
-        depend on the weights of all of them.
-        """
+        """Origins of a loop's inputs once what is carried around is all that it ever will be."""
         start = carried.start
-        carried = [i for i in carried if not self._is_parameter(ins[i])]
-        spreading = frozenset().union(*(ins[i].leaves for i in carried))
         while True:
             trial = Planner(
                 self.knowledge.copy(), lambda *_: "", self.weight, backward=self.backward
@@ -152,53 +148,33 @@ class Planner:
             _, outs = trial._plan(jaxpr, ins, out_axes, "", None)
             settled = list(ins)
             for i in carried:
-                out = outs[i - start]
-                leaves = out.leaves & (spreading | self.knowledge.varying)
-                settled[i] = merge([ins[i], out._replace(leaves=leaves)])
+                new = merge([ins[i], outs[i - start]])
+                if new.kind != ins[i].kind:
+                    settled[i] = new
             if settled == ins:
                 return settled
             ins = settled
 
-    def _is_parameter(self, origin: Origin) -> bool:
-        """Whether a value carried around a loop is a parameter that the loop updates: it stays a weight."""
-        known = self.knowledge
-        if len(origin.leaves) != 1 or origin.computed or known.varies(origin):
-            return False
-        return origin.leaves <= known.weights or known.given or max(known.depths(origin)) > 0
-
     # ---- one product -----------------------------------------------------------------------------
 
-    def _product(self, eqn, operands, axes, scope, repeats, jaxpr, read) -> Candidate:
+    def _product(self, eqn, operands, axes, scope, repeats) -> tuple[Candidate, Origin]:
         lhs, rhs = eqn.invars[:2]
         out = eqn.outvars[0]
         dims = dimensions(eqn)
         ragged = eqn.primitive.name == "ragged_dot_general"
         backward = self.backward or computes_cotangents(scope)
         known = self.knowledge
-        varies = [known.varies(o) for o in operands[:2]]
-
-        reason = ""
-        role: Role = "input gradient" if backward else "forward"
-        weight: Side | None
-        if ragged:
-            found = ragged_role(eqn, dims)
-            role = found or role
-            weight = None if role == "weight gradient" else "rhs"
-            if found is None:
-                reason = "a ragged product of a form without a kernel"
-        else:
-            weight = self._weight(operands[:2], varies, dims, backward)
-            if weight is None and backward and not any(dims.batch):
-                role = "weight gradient"
+        pair = [known.settled(o) for o in operands[:2]]
+        weight, role, reason = self._roles(eqn, pair, dims, backward)
 
         w = 0 if weight == "lhs" else 1
-        sizes = _sizes(eqn, dims, w)
-        if ragged and role != "weight gradient" and found is not None:
-            sizes["n"] = rhs.aval.shape[3 - dims.contract[1][0]]
+        size = sizes(eqn, dims, w)
+        if ragged and role != "weight gradient" and not reason:
+            size["n"] = rhs.aval.shape[3 - dims.contract[1][0]]
         product = Candidate(
             kind="ragged_dot" if ragged else "dot_general",
             scope=scope,
-            weight_path="" if weight is None else known.path(operands[w]),
+            weight_path="" if weight is None else known.path(pair[w]),
             role=role,
             lhs_shape=lhs.aval.shape,
             rhs_shape=rhs.aval.shape,
@@ -207,87 +183,75 @@ class Planner:
             out_dtype=out.aval.dtype,
             weight=weight,
             repeats=repeats,
-            **sizes,
+            **size,
         )
-        reason = reason or impossible(product, eqn, dims, any(o.tangent for o in operands[:2]))
+        # What a weight meets carries the batch, and so does the result.
+        result = merge(pair, backward=backward)
+        if role == "weight gradient" or backward:
+            result = result._replace(kind="gradient", leaves=frozenset())
+        elif weight is not None:
+            result = result._replace(kind="data", leaves=frozenset())
+        reason = impossible(product, eqn, dims, any(o.tangent for o in pair)) or reason
         if reason:
-            return dataclasses.replace(product, reason=reason)
+            return dataclasses.replace(product, reason=reason), result
 
+        columns = size_over(lhs, dims.free[0]) if role == "weight gradient" else size["n"]
+        of_excluded = backward and (
+            known.met.get((pair[1].token, columns), False)
+            if weight is None
+            else not pair[w].leaves.isdisjoint(known.excluded)
+        )
         facts = Facts(
-            one_hot=operands[0].one_hot or operands[1].one_hot,
-            table=weight is not None and not operands[w].leaves.isdisjoint(known.tables),
-            logits=weight is not None and self._is_logits(dims, w, axes.get(out, NONE)),
-            of_excluded=self._of_excluded(eqn, operands, weight, w, backward, jaxpr, read),
+            one_hot=pair[0].one_hot or pair[1].one_hot,
+            table=weight is not None and not pair[w].leaves.isdisjoint(known.tables),
+            logits=weight is not None and bool(axes.get(out, NONE)),
+            of_excluded=of_excluded,
         )
         reason = self.judge(product, facts)
-        if weight is not None:
-            self._learn(operands[1 - w], operands[w], facts, reason, any(varies))
-        return dataclasses.replace(product, reason=reason)
+        if weight is not None and not backward:
+            special = facts.one_hot or facts.table or facts.logits or "by name" in reason
+            excluded = bool(reason) and special
+            known.excluded |= pair[w].leaves if excluded else frozenset()
+            known.met[(pair[1 - w].token, size["n"])] = excluded
+            known.multiplied.add((pair[w].leaves, size["m"]))
+            known.weights |= pair[w].leaves
+            known.data |= pair[1 - w].leaves - pair[w].leaves
+        return dataclasses.replace(product, reason=reason), result
 
-    def _learn(self, activation, weight, facts: Facts, reason: str, varies: bool) -> None:
-        """Keeps what a judged product says of its operands' origins."""
-        known = self.knowledge
-        if reason and (facts.one_hot or facts.table or facts.logits or facts.of_excluded):
-            known.excluded |= weight.leaves - known.varying
-        if not known.given and not varies and not reason.startswith("size"):
-            known.learn(activation, weight)
-        known.weights |= weight.leaves
-
-    def _weight(self, origins, varies, dims, backward) -> Side | None:
-        if self.weight != "infer" and not (backward and all(varies)):
-            return self.weight  # type: ignore[return-value]
-        if all(varies):
-            return None
-        if any(varies):
-            return "rhs" if varies[0] else "lhs"
-        known = self.knowledge
-        left, right = (o.leaves for o in origins)
-        if left and left == right or min(len(left), len(right)) > 1 and left & right:
-            return None  # computed from the same activations
-        # Neither is known to carry the batch. The more telling signs come first.
-        signs = (
-            lambda i: origins[i].computed,
-            lambda i: len(origins[i].leaves) > 1,
-            lambda i: not known.constant(origins[i]),
-            lambda i: -max(known.depths(origins[i])),
-            lambda i: len(dims.free[i]),
-        )
-        for sign in signs:
-            if sign(0) != sign(1):
-                return "rhs" if sign(0) > sign(1) else "lhs"
-        return "rhs"
-
-    @staticmethod
-    def _is_logits(dims: Dims, w: int, ranked: Axes) -> bool:
-        """Whether the result is ranked along the weight's columns."""
-        batch, rows = len(dims.batch[0]), len(dims.free[0])
-        first = batch + (rows if w == 1 else 0)
-        return any(first <= axis < first + len(dims.free[w]) for axis in ranked)
-
-    def _of_excluded(self, eqn, operands, weight, w, backward, jaxpr, read) -> bool:
-        excluded = self.knowledge.excluded
-        if not excluded or not backward:
-            return False
-        if weight is not None:
-            return not operands[w].leaves.isdisjoint(excluded)
-        # A weight gradient shares its cotangent with an input gradient, whose weight is known.
-        ours = {v for v in eqn.invars[:2] if not isinstance(v, JaxprLiteral)}
-        for other in jaxpr.eqns:
-            if other is eqn or other.primitive is not eqn.primitive:
-                continue
-            for v, partner in (other.invars[:2], other.invars[1::-1]):
-                if isinstance(v, JaxprLiteral) or v not in ours:
-                    continue
-                try:
-                    leaves = read(partner).leaves
-                except KeyError:  # computed later, so no weight
-                    continue
-                if not leaves.isdisjoint(excluded) and leaves <= self.knowledge.weights:
-                    return True
-        return False
+    def _roles(self, eqn, pair, dims, backward) -> tuple[Side | None, Role, str]:
+        """Which operand of a product is the weight, what the product computes, and why it has no weight."""
+        role: Role = "input gradient" if backward else "forward"
+        if eqn.primitive.name == "ragged_dot_general":
+            found = ragged_role(eqn, dims)
+            reason = "" if found else "a ragged product of a form without a kernel"
+            return (None if found == "weight gradient" else "rhs"), found or role, reason
+        kinds = [o.kind for o in pair]
+        columns = size_over(eqn.invars[0], dims.free[0])
+        if backward and "parameter" not in kinds:
+            if not any(dims.batch) and (pair[1].token, columns) in self.knowledge.met:
+                return None, "weight gradient", ""
+            return None, role, "both operands vary with the batch"
+        if self.weight != "infer" and not backward:
+            return self.weight, role, ""  # type: ignore[return-value]
+        if backward and sorted(kinds) == ["gradient", "parameter"]:
+            w = kinds.index("parameter")
+            rows = size_over(eqn.invars[1 - w], dims.free[1 - w])
+            if (pair[w].leaves, rows) in self.knowledge.multiplied:
+                return ("rhs" if w else "lhs"), role, ""
+        if "gradient" in kinds:
+            return None, role, "a product of gradients that differentiates no product"
+        if "constant" in kinds:
+            return None, role, "an operand is a constant"
+        if kinds == ["parameter"] * 2:
+            return None, role, "both operands are parameters"
+        if kinds == ["data"] * 2 or pair[0].leaves & pair[1].leaves:
+            return None, role, "both operands vary with the batch"
+        order = ("data", "either", "parameter")
+        left, right = (order.index(k) for k in kinds)
+        return ("lhs" if left > right else "rhs"), role, ""
 
 
-def _sizes(eqn, dims: Dims, w: int) -> dict[str, Any]:
+def sizes(eqn, dims: Dims, w: int) -> dict[str, Any]:
     """Batch (or groups), m, n and k of a product whose weight is operand `w`."""
     sides = lhs, _ = eqn.invars[:2]
     ragged = eqn.primitive.name == "ragged_dot_general"

@@ -8,14 +8,19 @@ import re
 from collections.abc import Callable
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
 from .._arrays.recipe import Recipe
 from .candidate import Candidate, Facts, judge_scope_names
 
-EMBEDDING_NAMES = (r".*embed.*", r"wte", r"wpe")
+EMBEDDING_NAMES = (
+    r"(\w+_)?embed(s|der|ding|dings)?(_(table|tokens|layer))?(_?\d+)?",
+    r"wte",
+    r"wpe",
+)
 HEAD_NAMES = (r"(\w+_)?lm_?head", r"head(_?\d+)?", r"(\w+_)?logits?(_\w+)?", r"classifier(_?\d+)?")
-ROUTER_NAMES = (r"\w*router\w*", r"\w*routing\w*", r"gating(_\w+)?", r"gate_?logits?")
+ROUTER_NAMES = (r"\w*router\w*", r"\w*routing\w*", r"gating", r"gate_?logits?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +29,8 @@ class AutocastPolicy:
 
     A product is judged by the first of these that has an opinion:
 
-    1. Whether an FP8 operation exists for it at all: float operands, default precision, and one operand that does not
-       vary with the batch (or a weight gradient). What remains, as attention's products of activations, is never FP8.
+    1. Whether an FP8 operation exists for it at all: float operands, default precision, and a parameter that meets
+       data (or what differentiating that makes). What remains, as attention's products of activations, is never FP8.
     2. `predicate`.
     3. `exclude`, then `include`.
     4. The rules for embeddings, heads and routers.
@@ -44,12 +49,12 @@ class AutocastPolicy:
     - `heads`: run products whose results are ranked or normalized across features (a softmax, argmax or top_k follows:
       the logits of a head or of a router), or with a name such as `lm_head` or `router`.
     - `predicate`: `(Candidate) -> bool | None`; None leaves the product to the other rules.
-    - `weight`: which operand is the weight (128x128 blocks): `"lhs"`, `"rhs"`, or `"infer"`: the one that does not vary
-      with the batch.
-    - `weight_argnums`: the function's arguments that hold weights; all its other arguments then vary with the batch.
-      None infers it: integers, booleans and keys vary, and what else does is learnt from the products in program
-      order. A function that is itself a pytree with arrays (an `eqx.Module`, an `nnx.Module`, or a method of one)
-      holds weights.
+    - `weight`: which operand of a forward product is the weight (128x128 blocks): `"lhs"`, `"rhs"`, or `"infer"`: the
+      parameter.
+    - `weight_argnums`: the arguments that hold parameters, whatever their dtypes; all others are data. None: the first
+      that holds floats in a container; in a function that is itself a pytree with arrays (an `eqx.Module`, an
+      `nnx.Module`, or a method of one) that function alone. Where all arguments are single arrays, the right operand of
+      a product is the parameter unless it is known to be data.
 
     Names are the components of a product's name scopes and of its weight's path in the arguments; a pattern matches a
     whole component, in either case.
@@ -116,7 +121,7 @@ class AutocastPolicy:
             return reason
         for name in ("m", "n", "k"):
             size, least = getattr(product, name), getattr(self, f"min_{name}")
-            if size < least:
+            if _below(name, size, least):
                 return f"size: {name.upper()}={size} is below {least}"
         return ""
 
@@ -139,6 +144,16 @@ class AutocastPolicy:
         if facts.of_excluded:
             return "a gradient of an embedding, head or router"
         return ""
+
+
+def _below(name: str, size: Any, least: int) -> bool:
+    try:
+        return size < least
+    except jax.errors.InconclusiveDimensionOperation:
+        raise ValueError(
+            f"autocast: {name.upper()}={size} is symbolic and not known to reach {least}, the policy's min_{name}; "
+            f"allowed: AutocastPolicy(min_{name}=1), or a bound, as constraints=['m >= {least}']"
+        ) from None
 
 
 def _natural(name: str, value: Any) -> int:

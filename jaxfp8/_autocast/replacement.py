@@ -19,6 +19,7 @@ from .._arrays.recipe import (
     weight_gradient_options,
 )
 from .._primitives.mesh import full_spec, place
+from .._primitives.once import undefined_tangents
 from ..kernels import quantize as qt
 from ..kernels.gemm import product as gemm_product
 from ..kernels.grouped_gemm import grouped_gemm, grouped_wgrad_gemm
@@ -27,10 +28,23 @@ from ..ops.dot_general import dot_general
 from ..ops.ragged_dot import ragged_dot
 from .candidate import Candidate, Dims, dimensions
 
+SECOND_DERIVATIVE = (
+    "autocast: the function takes gradients itself, and its FP8 products have no derivative after that. Put autocast "
+    "inside, around what is differentiated, or give a policy that keeps the product"
+)
+
 
 def replacement(eqn: Any, product: Candidate, operands: Sequence[Any], recipe: Recipe) -> jax.Array:
     """The FP8 product of an equation's operands, in the equation's result type."""
-    y = _product(eqn, product, operands, recipe)
+    f = jax.custom_jvp(lambda *xs: _product(eqn, product, xs, recipe))
+
+    @f.defjvp
+    def refused(primals, tangents):
+        y = _product(eqn, product, primals, recipe)
+        moving = [t for t in tangents if t.dtype != jax.dtypes.float0]
+        return y, undefined_tangents(moving, [y], SECOND_DERIVATIVE)[0]
+
+    y = _product(eqn, product, operands, recipe) if product.role == "forward" else f(*operands)
     return place(y, full_spec(eqn.outvars[0].aval.sharding.spec, y.ndim))
 
 

@@ -17,7 +17,7 @@ from jax.extend.core.primitives import dot_general_p
 from .._arrays.recipe import Recipe
 from .candidate import Candidate
 from .jaxprs import open_jaxpr, scan_counts
-from .origins import Input, Knowledge, Origin
+from .origins import Knowledge, Origin
 from .plan import AutocastPlan, Found, Nested
 from .planner import Planner
 from .policy import AutocastPolicy
@@ -57,11 +57,21 @@ def _signature(plan: AutocastPlan) -> Any:
 
 
 class Rewriter:
-    """Runs jaxprs with the chosen products replaced."""
+    """Runs jaxprs with the chosen products replaced.
 
-    def __init__(self, knowledge: Knowledge, policy: AutocastPolicy, recipe: Recipe):
+    `rewritten` keeps jaxprs from one call to the next, so that JAX compiles them once: only of calls with arrays, since
+    no tracer may outlive its trace.
+    """
+
+    def __init__(
+        self,
+        knowledge: Knowledge,
+        policy: AutocastPolicy,
+        recipe: Recipe,
+        rewritten: dict[Any, tuple[Any, Any, Sequence[Any]]] | None = None,
+    ):
         self.knowledge, self.policy, self.recipe = knowledge, policy, recipe
-        self._rewritten: dict[Any, tuple[Any, Any, Sequence[Any]]] = {}
+        self._rewritten = {} if rewritten is None else rewritten
 
     def planner(self, *, backward: bool = False) -> Planner:
         """A planner that shares what is known of the leaves."""
@@ -127,17 +137,17 @@ class Rewriter:
 
     def _rewrite(self, old: Any, plan: AutocastPlan, operands) -> tuple[Any, Sequence[Any]]:
         """A jaxpr with products replaced, closed if the old one is; an open one takes the constants first."""
-        key = (id(open_jaxpr(old)[0]), _signature(plan))
-        if key not in self._rewritten:
+        key = (id(open_jaxpr(old)[0]), _signature(plan), self.recipe)
+        found = self._rewritten.get(key)
+        if found is None:
             new = jax.make_jaxpr(lambda *xs: self.run(old, plan, xs))(*operands)
             constants: Sequence[Any] = ()
             if not hasattr(old, "consts"):
                 jaxpr, constants = new.jaxpr, new.consts
                 new = jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
             # The old one lives as long, so that its id stays its own.
-            self._rewritten[key] = (old, new, constants)
-        _, new, constants = self._rewritten[key]
-        return new, constants
+            found = self._rewritten[key] = (old, new, constants)
+        return found[1:]
 
     def _scan(self, eqn, item, plans, operands):
         params = eqn.params
@@ -150,14 +160,8 @@ class Rewriter:
             outs = self.run(jaxpr, plan, [*consts, *carry, *xs])
             return outs[: len(carry)], outs[len(carry) :]
 
-        carry, ys = jax.lax.scan(
-            body,
-            operands[a:b],
-            operands[b:],
-            length=params["length"],
-            reverse=params["reverse"],
-            unroll=params["unroll"],
-        )
+        how = {name: params[name] for name in ("length", "reverse", "unroll")}
+        carry, ys = jax.lax.scan(body, operands[a:b], operands[b:], **how)
         return [*carry, *ys]
 
     def _while(self, eqn, item, plans, operands):
@@ -215,7 +219,7 @@ class Rewriter:
                     all_tangents[i] = t
                 return jax.jvp(original, primals, tuple(all_tangents))
 
-            origins = [*item.operands, *[Origin(frozenset(), tangent=True)] * len(moving)]
+            origins = [*item.operands, *[Origin("data", tangent=True)] * len(moving)]
             moved = tuple(tangents[i] for i in moving)
             return self._trace_rule(pushed, (primals, moved), origins)[0]
 
@@ -245,10 +249,8 @@ class Rewriter:
                 back = pull(every)
                 return [back[i] for i in floats]
 
-            cotangent = self.knowledge.add(Input("", constant=False))
-            self.knowledge.varying.add(cotangent)
             flows = [cotangents[i] for i in flowing]
-            origins = [*residual_origins, *[Origin(frozenset({cotangent}))] * len(flows)]
+            origins = [*residual_origins, *[Origin("gradient")] * len(flows)]
             back, _ = self._trace_rule(pulled, (pull, flows), origins, backward=True)
             every = [None] * len(operands)
             for i, c in zip(floats, back, strict=True):

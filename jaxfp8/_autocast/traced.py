@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .origins import Input, Knowledge, Origin, is_data
+from .origins import Kind, Knowledge, Origin, is_data
 from .policy import AutocastPolicy
 
 
@@ -37,6 +37,10 @@ def _argument_names(fn: Any, count: int) -> list[str]:
         :count
     ]
     return names + [f"args[{i}]" for i in range(len(names), count)]
+
+
+_PACKED = ("bool", "int2", "uint2", "int4", "uint4", "int8", "uint8")
+"""Dtypes that quantized weights and masks have, and tokens have not."""
 
 
 class Traced:
@@ -94,20 +98,35 @@ class Traced:
             raise ValueError(
                 f"autocast: weight_argnums is {nums}, but the function is called with {len(args)} positional arguments"
             )
-        leaves, varying = [], set()
-        for i, position in enumerate(self._where):
+        leaves, where = [], []
+        for position in self._where:
             kind, *rest = self._paths[position]
             text = jax.tree_util.keystr(tuple(rest))
-            of_owner = kind.idx == 0
             if kind.idx == 1:
                 text = names[rest[0].idx] + jax.tree_util.keystr(tuple(rest[1:]))
             elif kind.idx == 2:
                 text = str(rest[0].key) + jax.tree_util.keystr(tuple(rest[1:]))
-            leaves.append(Input(text.removeprefix("."), constant=of_owner))
-            given = nums is not None and not of_owner
-            if is_data(self.arrays[i]) or (given and not (kind.idx == 1 and rest[0].idx in nums)):
-                varying.add(i)
-        return Knowledge(leaves, varying, given=nums is not None)
+            leaves.append(text.removeprefix("."))
+            where.append(
+                "owner" if kind.idx == 0 else rest[0].idx if kind.idx == 1 else rest[0].key
+            )
+        holding = {"owner"} if nums is None else {"owner", *nums}
+        floats = [not is_data(x) for x in self.arrays]
+        if nums is None and "owner" not in where:
+            # The first argument with floats in a container; where all are single arrays, products tell.
+            nested = (
+                w
+                for w, position, f in zip(where, self._where, floats, strict=True)
+                if f and len(self._paths[position]) > 2
+            )
+            first = next(nested, None)
+            holding = {first} if first is not None else set()
+        kinds: list[Kind] = []
+        for place, x, f in zip(where, self.arrays, floats, strict=True):
+            held = place in holding and (f or nums is not None or x.dtype.name in _PACKED)
+            unknown = f and not holding
+            kinds.append("either" if unknown else "parameter" if held else "data")
+        return Knowledge(leaves, kinds)
 
     def argument(self, i: int) -> int | None:
         """The position of the argument that the i-th array is in."""
@@ -116,7 +135,7 @@ class Traced:
 
     def origins(self) -> list[Origin]:
         """Origins of the jaxpr's inputs."""
-        return [Origin(frozenset({i})) for i in range(len(self.arrays))]
+        return [self.knowledge.origin(i) for i in range(len(self.arrays))]
 
     def result(self, arrays: Sequence[Any]) -> Any:
         """The function's result from the jaxpr's; nnx variables that it changed get their new values."""
@@ -126,7 +145,7 @@ class Traced:
             leaves = list(self._leaves)
             for i, x in zip(changed, arrays[count:], strict=True):
                 leaves[i] = x
-            places = {i: self.knowledge.leaves[self._where.index(i)].path for i in changed}
+            places = {i: self.knowledge.leaves[self._where.index(i)] for i in changed}
             _update_modules(self._everything, leaves, places)
         leaves = list(out["out"])
         for i, x in zip(out["keep"], arrays[:count], strict=True):

@@ -19,7 +19,6 @@ from .._autocast import jaxprs
 from .._autocast import planner as prods
 from .._autocast.candidate import dimensions
 from .._autocast.jaxprs import computes_cotangents, join_scopes, open_jaxpr
-from .._autocast.origins import Input, Origin
 from .._autocast.plan import AutocastPlan
 from .._autocast.policy import AutocastPolicy
 from .._autocast.rewriter import FP8_SCOPE, KEPT_SCOPE, fp8_scope
@@ -45,6 +44,8 @@ def _launch(
     plan = _ffi.plan(name, operands, results, config=config, num_sms=num_sms, device_sms=sms)
     return plan.kernel, _ffi.configs(name)[plan.config], plan.grid
 
+
+OPAQUE = {"pallas_call": "a Pallas kernel", "ffi_call": "a custom call"}
 
 MIXTURE = (
     "a mixture by hand: autocast does not see through the order of its rows, which are gathered in high precision and "
@@ -81,8 +82,8 @@ class _Walk:
                 self.plain(eqn, item, here, repeats)
             elif name == "conv_general_dilated":
                 self.convolution(eqn, here, repeats)
-            elif name == "pallas_call":
-                self.notes["products inside Pallas kernels are not listed"] = None
+            elif name in OPAQUE:
+                self.opaque(eqn, here, repeats)
             else:
                 self.inside(eqn, item, here, repeats)
 
@@ -119,41 +120,31 @@ class _Walk:
         role = "weight gradient" if "wgrad" in name or "1d1d" in name else "input gradient"
         if not backward and role == "input gradient":
             role = "recomputed" if "rematted_computation" in scope else "forward"
-        self.lines.append(
-            Line(
-                name=_display(scope),
-                role=role,
-                operation=name,
-                groups=groups,
-                m=m,
-                n=n,
-                k=k,
-                dtype="fp8",
-                reason="",
-                kernel=kernel,
-                configuration=configuration,
-                grid=grid,
-                repeats=repeats,
-                flops=flops,
-                bytes=size,
-                seconds=self.device.seconds(flops, size, "fp8"),
-                bf16_seconds=self.device.seconds(flops, wide, "bf16"),
-            )
+        what = (
+            _display(scope),
+            role,
+            name,
+            groups,
+            m,
+            n,
+            k,
+            "fp8",
+            "",
+            kernel,
+            configuration,
+            grid,
         )
+        seconds = self.device.seconds(flops, size, "fp8"), self.device.seconds(flops, wide, "bf16")
+        self.lines.append(Line(*what, repeats, flops, size, *seconds))
 
     def launch(self, eqn, name, operands, results):
         if any(0 in shape for shape, _ in operands + results):
             return "none", "empty", ()
         accum = len(operands) > 4 and operands[-1] == results[0]
+        target, sms = f"{name}_accum" if accum else name, int(eqn.params["num_sms"])
+        config = self.config(eqn, name)
         try:
-            return _launch(
-                f"{name}_accum" if accum else name,
-                tuple(operands),
-                tuple(results),
-                self.config(eqn, name),
-                int(eqn.params["num_sms"]),
-                self.device.sms,
-            )
+            return _launch(target, tuple(operands), tuple(results), config, sms, self.device.sms)
         except ValueError as error:
             self.notes[f"refused on a Hopper GPU: {error}"] = None
             return "none", "refused on a Hopper GPU", ()
@@ -175,25 +166,18 @@ class _Walk:
             reason = kept[1]
         elif product is not None:
             reason = product.reason or WOULD_RUN
-        dims = dimensions(eqn)
         if product is None:
-            lhs, rhs = (v.aval.shape for v in eqn.invars[:2])
-            groups = math.prod(lhs[a] for a in dims.batch[0])
-            m, n = (
-                math.prod(s[a] for a in f) for s, f in ((lhs, dims.free[0]), (rhs, dims.free[1]))
-            )
-            k, flops = math.prod(lhs[a] for a in dims.contract[0]), 0
-            flops = 2 * groups * m * n * k
+            batch, m, n, k = prods.sizes(eqn, dimensions(eqn), 1).values()
+            flops = 2 * m * n * k * (1 if eqn.primitive.name == "ragged_dot_general" else batch)
         else:
-            groups, m, n, k = product.batch, product.m, product.n, product.k
-            flops = product.flops
+            batch, m, n, k, flops = (getattr(product, a) for a in ("batch", *"mnk", "flops"))
         role = product.role if product else "forward"
         if role == "forward" and "rematted_computation" in scope:
             role = "recomputed"
         name = _display(scope)
-        if product is not None and not name:
+        if product is not None and (not name or (not product.reason and product.weight_path)):
             name = _display(fp8_scope(product.weight_path))
-        self.xla(eqn, name, role, (groups, m, n, k), flops, reason, repeats)
+        self.xla(eqn, name, role, (batch, m, n, k), flops, reason, repeats)
 
     def convolution(self, eqn, scope, repeats):
         out, kernel = eqn.outvars[0].aval.shape, eqn.invars[1].aval.shape
@@ -201,37 +185,37 @@ class _Walk:
         n = out[spec.out_spec[1]]
         k = math.prod(kernel) // kernel[spec.rhs_spec[0]]
         m = math.prod(out) // n
-        self.xla(
-            eqn, _display(scope), "forward", (1, m, n, k), 2 * m * n * k, "a convolution", repeats
-        )
+        flops, name = 2 * m * n * k, _display(scope)
+        self.xla(eqn, name, "forward", (1, m, n, k), flops, "a convolution", repeats)
+
+    def opaque(self, eqn, scope, repeats):
+        cost, mapping = eqn.params.get("cost_estimate"), eqn.params.get("grid_mapping")
+        runs = math.prod(g for g in mapping.grid if isinstance(g, int)) if mapping else 1
+        flops = cost.flops if cost else runs * _flops_inside(eqn.params)
+        reason = f"opaque: {OPAQUE[eqn.primitive.name]}, which autocast does not enter"
+        self.xla(eqn, _display(scope), "forward", (1, 0, 0, 0), flops, reason, repeats)
 
     def xla(self, eqn, name, role, sizes, flops, reason, repeats):
-        groups, m, n, k = sizes
         arrays = [*eqn.invars[:2], *eqn.outvars[:1]]
         size = sum(nbytes(v.aval.shape, v.aval.dtype) for v in arrays)
         dtype = np.dtype(eqn.invars[0].aval.dtype)
         seconds = self.device.seconds(flops, size, "bf16" if dtype.itemsize <= 2 else "tf32")
-        self.lines.append(
-            Line(
-                name=name,
-                role=role,
-                operation=eqn.primitive.name,
-                groups=groups,
-                m=m,
-                n=n,
-                k=k,
-                dtype=dtype.name,
-                reason=reason,
-                kernel="",
-                configuration="",
-                grid=(),
-                repeats=repeats,
-                flops=flops,
-                bytes=size,
-                seconds=seconds,
-                bf16_seconds=seconds,
-            )
-        )
+        groups, m, n, k = sizes
+        what = (name, role, eqn.primitive.name, groups, m, n, k, dtype.name, reason, "", "", ())
+        self.lines.append(Line(*what, repeats, flops, size, seconds, seconds))
+
+
+def _flops_inside(params: Any) -> int:
+    """Of the products in the jaxprs of an equation, each of which runs once."""
+    total = 0
+    for jaxpr in jaxprs_in_params(params):
+        for eqn in open_jaxpr(jaxpr)[0].eqns:
+            if eqn.primitive.name == "dot_general":
+                lhs, contract = eqn.invars[0].aval.shape, dimensions(eqn).contract[0]
+                k = math.prod(lhs[a] for a in contract)
+                total += 2 * k * math.prod(eqn.outvars[0].aval.shape)
+            total += _flops_inside(eqn.params)
+    return total
 
 
 def _product_sizes(name, operands, results):
@@ -289,15 +273,15 @@ def explain(
     **Raises:** ValueError for an unknown device kind, or a `gradient` that no argument fits; what `fn` raises.
     """
     target = device("explain", device_kind)
-    _, policy = getattr(fn, "autocast", (fn, AutocastPolicy()))
+    source, policy = getattr(fn, "autocast", (fn, AutocastPolicy()))
     traced = Traced(fn, args, kwargs, policy, abstract=True)
-    closed, knowledge = traced.jaxpr, traced.knowledge
-    origins = traced.origins()
-    planner = prods.Planner(knowledge, policy.judge, policy.weight)
-    plan, _ = planner.plan(closed, origins)
+    learnt = traced if source is fn else Traced(source, args, kwargs, policy, abstract=True)
+    planner = prods.Planner(learnt.knowledge, policy.judge, policy.weight)
+    planner.plan(learnt.jaxpr, learnt.origins())
+    closed, knowledge, origins = traced.jaxpr, traced.knowledge, traced.origins()
     walk = _Walk(target)
 
-    wanted = _differentiated(gradient, closed, traced, knowledge)
+    wanted = _differentiated(gradient, closed, traced, learnt.knowledge)
     if isinstance(wanted, str):
         walk.notes[wanted] = None
     elif wanted:
@@ -308,7 +292,7 @@ def explain(
                 raise
             walk.notes[f"no gradient: {str(error).splitlines()[0]}"] = None
     jaxpr, constants = _without_dead_code(closed)
-    origins = [Origin(frozenset({knowledge.add(leaf)})) for leaf in constants] + origins
+    origins = [*map(knowledge.add, constants), *origins]
     plan, _ = prods.Planner(knowledge, policy.judge, policy.weight).plan(jaxpr, origins)
     walk.jaxpr(jaxpr, plan, "", 1)
     if walk.gathers_rows and walk.autocasts_ragged:
@@ -337,7 +321,9 @@ def _differentiated(gradient, closed, traced, knowledge) -> list[int] | str:
             return []
         if not any(_floating(v.aval) for v in closed.jaxpr.outvars):
             return "no gradient: the function has no floating result"
-        return [i for i in floats if i not in knowledge.varying] or floats
+        return [
+            i for i in floats if knowledge.kinds[i] == "parameter" or i in knowledge.weights
+        ] or floats
     nums = gradient if isinstance(gradient, Sequence) else (gradient,)
     chosen = [i for i in floats if traced.argument(i) in nums]
     if not chosen:
@@ -376,9 +362,9 @@ def _with_gradient(closed: Any, wanted: Sequence[int]) -> Any:
     return jax.make_jaxpr(run)(*(v.aval for v in closed.jaxpr.invars))
 
 
-def _without_dead_code(closed: Any) -> tuple[Any, list[Input]]:
+def _without_dead_code(closed: Any) -> tuple[Any, Sequence[Any]]:
     """The program without what no result needs; constants come before its inputs."""
     jaxpr = closed.jaxpr
     opened = jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
     live, _ = partial_eval.dce_jaxpr(opened, [True] * len(jaxpr.outvars), instantiate=True)
-    return live, [Input("", constant=True)] * len(jaxpr.constvars)
+    return live, closed.consts

@@ -100,7 +100,7 @@ def targets() -> tuple[str, ...]:
 
 
 def image_directory() -> Path:
-    """Where they lie: `<image>.cubin`, the PTX it was assembled from, and ptxas' report."""
+    """Where they lie: `<image>.cubin`; in an editable installation its PTX and ptxas' report, too."""
     assert _C.__file__ is not None
     return Path(_C.__file__).parent / "_cuda"
 

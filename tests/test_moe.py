@@ -471,7 +471,13 @@ def test_an_axis_that_is_not_there_is_refused_by_name():
 # --------------------------------------------------------------------------------------------------
 
 
-PASSED_ON = ("name", "reshape", "optimization_barrier", "jaxfp8_differentiable_once")
+PASSED_ON = (
+    "name",
+    "reshape",
+    "optimization_barrier",
+    "stop_gradient",
+    "jaxfp8_differentiable_once",
+)
 
 
 def wide_rows(program, rows):

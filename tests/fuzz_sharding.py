@@ -74,14 +74,14 @@ OPERATIONS: dict[str, tuple[Function, tuple[str, ...]]] = {
         for name in ("linear", "linear, prequantized", "einsum", "dot_general", "autocast", "gemm")
     },
     "linear, per example": (Function(_per_example, ()), ("mk", "kn")),
-    "linear in scan": (Function(_scanned, ()), ("mk", "bkn")),
-    "einsum of heads": (Function(_attention, ()), ("bmk", "kn")),
+    "linear in scan": (Function(_scanned, ""), ("mk", "bkn")),
+    "einsum of heads": (Function(_attention, ""), ("bmk", "kn")),
     "einsum of a batch": (
-        Function(lambda x, w, _: jaxfp8.einsum("bmk,bkn->bmn", x, w), ()),
+        Function(lambda x, w, _: jaxfp8.einsum("bmk,bkn->bmn", x, w), ""),
         ("bmk", "bkn"),
     ),
     "linear, vmapped": (
-        Function(lambda x, w, _: jax.vmap(jaxfp8.linear)(x, w), ()),
+        Function(lambda x, w, _: jax.vmap(jaxfp8.linear)(x, w), ""),
         ("bmk", "bkn"),
     ),
     "mlp": (FUNCTIONS["mlp"], ("mk", "k2f", "fn")),

@@ -1,11 +1,11 @@
-"""What holds for every public operation: any integer dtype, x64, no tokens, symbolic tokens, partly manual meshes, and
-that a second derivative is refused and never zero."""
+"""What holds for every public operation: any integer dtype, x64, each dimension zero or symbolic, each axis of a mesh
+manual or automatic, and that a second derivative is refused and never zero."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxfp8
@@ -14,25 +14,23 @@ from tests.programs import assert_close, assert_same_bits, products, walk
 from tests.public_functions import (
     DIFFERENTIABLE,
     FUNCTIONS,
-    GROUPS,
+    INDEX,
     QUANTIZED,
-    K,
-    N,
+    SIZES,
     arrays_of,
     index_of,
     shapes_of,
 )
 
-TOKENS = 40
 RARER = ("uint8", "int16", "uint32", "int64")
 INDEXED = [name for name, f in FUNCTIONS.items() if f.index]
 
 
-def call(name, tokens=TOKENS, index_dtype=np.int32):
+def call(name, index_dtype=np.int32, **sizes):
     """(function of the arrays, the arrays)."""
     f = FUNCTIONS[name]
-    index = index_of(f, tokens, index_dtype)
-    return lambda *arrays: f.call(*arrays, index), arrays_of(f, tokens)
+    index = index_of(f, index_dtype, **sizes)
+    return lambda *arrays: f.call(*arrays, index), arrays_of(f, **sizes)
 
 
 def gradient(f):
@@ -89,95 +87,154 @@ def test_x64_changes_no_bit_of_a_gradient(name):
         jax.jit(gradient(f)).trace(*arrays).lower(lowering_platforms=("cuda",))
 
 
-@pytest.mark.parametrize("name", DIFFERENTIABLE)
-def test_no_tokens_give_an_empty_result_and_zero_gradients_of_weights(name):
-    f, arrays = call(name, tokens=0)
-    y = f(*arrays)
-    assert y.shape[0] == 0
-    for array, got in zip(arrays, jax.jit(gradient(f))(*arrays), strict=True):
-        np.testing.assert_array_equal(got, np.zeros(array.shape))
+# --------------------------------------------------------------------------------------------------
+# Dimensions: zero, symbolic
+# --------------------------------------------------------------------------------------------------
+
+DIMENSIONS = [(name, d) for name, f in FUNCTIONS.items() for d in f.letters]
+AT_LEAST_ONE = {"g": "at least one group", "c": "k at least 1"}
 
 
-@pytest.mark.parametrize("name", QUANTIZED)
-def test_no_rows_give_a_finite_result(name):
-    f, arrays = call(name, tokens=0)
-    assert np.isfinite(np.asarray(f(*arrays), np.float32)).all()
+def assert_zeros(result, dimensions, sizes):
+    expected = [
+        (SIZES | sizes).get(d, size) for d, size in zip(dimensions, result.shape, strict=True)
+    ]
+    np.testing.assert_array_equal(np.asarray(result, np.float32), np.zeros(expected))
+
+
+@pytest.mark.representatives("name", "dimension")
+@pytest.mark.parametrize("name, dimension", DIMENSIONS)
+def test_without_a_dimension_a_result_is_empty_or_zero_and_so_are_gradients(name, dimension):
+    function, sizes = FUNCTIONS[name], {dimension: 0}
+    f, arrays = call(name, **sizes)
+    if dimension in AT_LEAST_ONE:
+        with pytest.raises(ValueError, match=rf"^[a-z_]+: .*{AT_LEAST_ONE[dimension]}"):
+            f(*arrays)
+        return
+    assert_zeros(f(*arrays), function.result, sizes)
+    if name in DIFFERENTIABLE:
+        for dimensions, got in zip(function.arrays, jax.jit(gradient(f))(*arrays), strict=True):
+            assert_zeros(got, dimensions, sizes)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_the_number_of_tokens_may_be_symbolic(name):
-    function = FUNCTIONS[name]
-    (m,) = jax.export.symbolic_shape("m")
-    types = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes_of(function, m)]
-    index = index_of(function, TOKENS)
-    if index is not None:
-        shape = (m, *index.shape[1:]) if function.index == "expert" else index.shape
-        types.append(jax.ShapeDtypeStruct(shape, jnp.int32))
-
-    def f(*arrays):
-        return function.call(*arrays, *([None] if index is None else []))
-
-    checks = jaxfp8.export.disabled_checks()
-    exported = jax.export.export(jax.jit(f), disabled_checks=checks)(*types)
-    arrays = [*arrays_of(function, TOKENS), *([] if index is None else [index])]
-    np.testing.assert_allclose(
-        np.asarray(exported.call(*arrays), np.float32),
-        np.asarray(f(*arrays), np.float32),
-        rtol=1e-5,
-        atol=1e-4,
-    )
-
-
-@pytest.mark.parametrize("name", ["ragged_dot", "ragged_mlp", "grouped_gemm"])
-def test_the_number_of_groups_may_be_symbolic(name):
+def test_a_batch_of_nothing_is_nothing(name):
     f, arrays = call(name)
+    batch = [np.zeros((0, *a.shape), np.float32) for a in arrays]
+    assert jax.vmap(f)(*batch).shape == (0, *jax.eval_shape(f, *arrays).shape)
+    if name in DIFFERENTIABLE:
+        for how in (gradient(jax.vmap(f)), jax.vmap(gradient(f))):
+            assert [g.shape for g in how(*batch)] == [a.shape for a in batch]
+
+
+@pytest.mark.parametrize("ahead", ["up", "down"])
+def test_without_a_contraction_a_weight_may_be_quantized_ahead(ahead):
+    f, (x, up, down) = call("mlp", k=0)
+    up = jaxfp8.prequantize(up.reshape(0, 2 * SIZES["f"])) if ahead == "up" else up
+    down = jaxfp8.prequantize(down) if ahead == "down" else down
+    y, pull = jax.vjp(lambda x: f(x, up, down), x)
+    assert_zeros(y, "mn", {})
+    assert pull(y)[0].shape == x.shape
+
+
+def assert_same_exported(name, symbols, batch=False):
+    """Values and gradients with symbolic sizes, lowered for a GPU too, are those of the sizes' values."""
     function = FUNCTIONS[name]
-    (g,) = jax.export.symbolic_shape("g")
-    types = [
-        jax.ShapeDtypeStruct((g, *a.shape[1:]) if a.shape[0] == GROUPS else a.shape, a.dtype)
-        for a in arrays
-    ]
-    sizes = index_of(function, TOKENS)
+    count = len(function.arrays)
+    f, arrays = call(name)
+    index = index_of(function)
+    types = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes_of(function, **symbols)]
+    if batch:
+        types = [jax.ShapeDtypeStruct((symbols["v"], *t.shape), t.dtype) for t in types]
+        arrays = [np.stack([a, -a, 2 * a]) for a in arrays]
+    if index is not None:
+        shape = tuple((SIZES | symbols)[d] for d in INDEX[function.index])
+        types.append(jax.ShapeDtypeStruct(shape, index.dtype))
+        arrays.append(index)
 
     def both(*arguments):
-        *arrays, sizes = arguments
-        g = lambda *arrays: function.call(*arrays, sizes)  # noqa: E731
-        return g(*arrays), *(gradient(g)(*arrays) if name in DIFFERENTIABLE else ())
+        f = lambda *arrays: function.call(*arrays, *(arguments[count:] or [None]))  # noqa: E731
+        f = jax.vmap(f) if batch else f
+        arrays = arguments[:count]
+        return f(*arrays), *(gradient(f)(*arrays) if name in DIFFERENTIABLE else ())
 
     checks = jaxfp8.export.disabled_checks()
-    export = jax.export.export(jax.jit(both), platforms=("cpu",), disabled_checks=checks)
-    exported = export(*types, jax.ShapeDtypeStruct((g,), jnp.int32))
-    assert_close(exported.call(*arrays, sizes), both(*arrays, sizes), 1e-6)
+    export = jax.export.export(jax.jit(both), platforms=("cpu", "cuda"), disabled_checks=checks)
+    assert_close(export(*types).call(*arrays), jax.jit(both)(*arrays), 1e-5)
+
+
+@pytest.mark.representatives("name", "dimension")
+@pytest.mark.parametrize("name, dimension", DIMENSIONS)
+def test_a_dimension_may_be_symbolic(name, dimension):
+    (size,) = jax.export.symbolic_shape(dimension)
+    assert_same_exported(name, {dimension: size})
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(
-    "name", ["linear", "einsum", "dot_general", "ragged_dot", "gemm", "grouped_gemm"]
-)
-def test_a_contraction_over_nothing_is_zero_and_no_columns_are_an_empty_result(name):
-    function = FUNCTIONS[name]
-    index = index_of(function, TOKENS)
-    for without in (K, N):
-        shapes = [tuple(0 if d == without else d for d in s) for s in shapes_of(function, TOKENS)]
-        y = function.call(*(np.ones(s, np.float32) for s in shapes), index)
-        assert y.shape == (TOKENS, N if without == K else 0)
-        np.testing.assert_array_equal(np.asarray(y, np.float32), np.zeros(y.shape))
-
-
 @pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.full)])
-def test_a_mesh_may_be_manual_in_some_axes_and_automatic_in_others(name, check_vma):
+def test_all_dimensions_may_be_symbolic(name):
+    letters = FUNCTIONS[name].letters
+    sizes = jax.export.symbolic_shape(",".join(letters))
+    assert_same_exported(name, dict(zip(letters, sizes, strict=True)))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_mapped_dimension_may_be_symbolic(name):
+    (size,) = jax.export.symbolic_shape("v")
+    assert_same_exported(name, {"v": size}, batch=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# Meshes
+# --------------------------------------------------------------------------------------------------
+
+
+MANUAL = {"neither": (), "data": ("data",), "model": ("model",), "both": ("data", "model")}
+CUT = {"m": "data", "n": "model", "f": "model"}
+
+
+@pytest.mark.representatives("name", "manual")
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("manual", MANUAL)
+@pytest.mark.parametrize(
+    "check_vma, gradients",
+    [(True, False), *(pytest.param(c, c, marks=pytest.mark.full) for c in (True, False))],
+)
+def test_each_axis_of_a_mesh_may_be_manual_or_automatic(name, manual, check_vma, gradients):
+    """Each device of the manual axes has arrays of its own, cut over the automatic axes."""
+    function, axes = FUNCTIONS[name], MANUAL[manual]
     f, arrays = call(name)
-    mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    mapped = jax.shard_map(
-        lambda *xs: f(*xs),
-        mesh=mesh,
-        in_specs=tuple(P("data") if a.shape[0] == TOKENS else P() for a in arrays),
-        out_specs=P("data"),
-        axis_names={"data"},
-        check_vma=check_vma,
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    devices = 2 ** len(axes)
+
+    def both(*arrays):
+        more = gradients and name in DIFFERENTIABLE
+        return f(*arrays), *(gradient(f)(*arrays) if more else ())
+
+    mapped = (
+        jax.vmap(both)
+        if not axes
+        else jax.shard_map(
+            lambda *xs: jax.tree.map(lambda y: y[None], both(*(x[0] for x in xs))),
+            mesh=mesh,
+            in_specs=P(axes),
+            out_specs=P(axes),
+            axis_names=set(axes),
+            check_vma=check_vma,
+        )
     )
-    assert_same_bits(jax.jit(mapped)(*arrays), jax.jit(f)(*arrays))
+
+    def placed(array, dimensions):
+        cut = [None if CUT.get(d) in axes else CUT.get(d) for d in dimensions]
+        cut = [None if axis in cut[:i] else axis for i, axis in enumerate(cut)]
+        stacked = np.stack([array * 2**i for i in range(devices)])
+        return jax.device_put(stacked, NamedSharding(mesh, P(axes or None, *cut)))
+
+    got = jax.jit(mapped)(*map(placed, arrays, function.arrays))
+    for i in range(devices):
+        expected = jax.jit(both)(*(array * 2**i for array in arrays))
+        assert_close([g[i] for g in got], expected, 1e-4)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -10,11 +10,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from .. import _ffi
 from .._arrays import checks
 from .._primitives.call import Call
 from .._primitives.leaf import Leaf, timed_call
+from .._primitives.mesh import match_varying
 from .._primitives.sharded_operation import ShardedOperation
 from ._mapped import mapped
 from .gather import take_rows
@@ -28,14 +30,22 @@ def _reference(rows, position, *weight, out_dtype):
     """Starts from +0 and adds in float32, choice by choice; with weights by one fused or two roundings a term."""
     sum_ = jnp.zeros((position.shape[0], rows.shape[1]), jnp.float32)
     lost = jnp.zeros(position.shape[:1], bool)
-    for choice in range(position.shape[1]):
-        index = position[:, choice]
+
+    def add(carry, choice):
+        sum_, lost = carry
+        index, *factor = choice
         term = take_rows(rows, index).astype(jnp.float32)
-        if weight:
-            term = term * weight[0][:, choice, None]
+        if factor:
+            term = term * factor[0][:, None]
         there = (index >= 0) & (index < rows.shape[0])
-        sum_ = jnp.where(there[:, None], sum_ + term, sum_)
-        lost |= index >= rows.shape[0]
+        return (jnp.where(there[:, None], sum_ + term, sum_), lost | (index >= rows.shape[0])), None
+
+    if isinstance(position.shape[1], int):
+        for choice in range(position.shape[1]):
+            (sum_, lost), _ = add((sum_, lost), [v[:, choice] for v in (position, *weight)])
+    else:
+        sum_, lost, *_ = match_varying([sum_, lost, rows, position, *weight])
+        (sum_, lost), _ = lax.scan(add, (sum_, lost), [v.T for v in (position, *weight)])
     return [jnp.where(lost[:, None], np.float32(np.nan), sum_).astype(out_dtype)]
 
 

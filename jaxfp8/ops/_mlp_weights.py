@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from .._arrays.blocks import BLOCK, SQUARE
 from .._arrays.quantized_weight import WeightCopies, parts
 from .._arrays.recipe import Format, forward_format
@@ -96,14 +98,17 @@ def both_quantized(function, w_up, w_down, quantized_up, quantized_down, recipe)
     lead = w_down.ndim - 2
     k, *halves = w_up.shape[lead:-1]
     if not quantized_up:
-        flat = w_up.reshape(*w_up.shape[:lead], k, -1)
+        flat = w_up.reshape(*w_up.shape[:lead], k, math.prod(halves) * f)
         quantized_up = parts(function, "w_up", prequantize(flat, recipe=recipe))
     if not quantized_down:
         quantized_down = parts(function, "w_down", prequantize(w_down, recipe=recipe))
     if halves:
         # (..., 2 F, K) and (..., K, 2 F), each with its scales: both halves are whole blocks.
         copies = WeightCopies(*quantized_up)
-        nt = (v.reshape(*v.shape[:lead], 2, -1, v.shape[-1]) for v in (copies.nt, copies.nt_scale))
-        nn = (v.reshape(*v.shape[:-1], 2, -1) for v in (copies.nn, copies.nn_scale))
+        nt = (
+            v.reshape(*v.shape[:lead], 2, v.shape[lead] // 2, v.shape[-1])
+            for v in (copies.nt, copies.nt_scale)
+        )
+        nn = (v.reshape(*v.shape[:-1], 2, v.shape[-1] // 2) for v in (copies.nn, copies.nn_scale))
         quantized_up = WeightCopies(*nt, *nn)
     return *quantized_up, *quantized_down

@@ -32,7 +32,7 @@ from .._arrays.blocks import ROW
 from .._arrays.recipe import forward_format, gradient_format, result_options
 from .._primitives.call import Call
 from .._primitives.leaf import once
-from .._primitives.mesh import like_primal, whole
+from .._primitives.mesh import like_primal, match_varying, whole
 from .._primitives.once import first_derivative
 from .._primitives.operation import Operation
 from ..kernels import activation as act
@@ -264,6 +264,9 @@ class _MoeOperation(Operation):
 
     def _batch(self, arrays, axes, *, call, jaxpr):
         size = next(x.shape[a] for x, a in zip(arrays, axes, strict=True) if a is not None)
+        if size == 0:
+            empty = [jnp.zeros((0, *v.shape), v.dtype) for v in jaxpr.out_avals]
+            return match_varying([*empty, *arrays])[: len(empty)], [0] * len(empty)
         mapped_weights = any(a is not None for a in (*axes[1:3], *axes[5:]))
         folded = []
         for i, (x, axis) in enumerate(zip(arrays, axes, strict=True)):

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._arrays import checks
-from .._arrays.blocks import BLOCK
+from .._arrays.blocks import BLOCK, ceil_blocks
 from .._arrays.quantized_weight import parts, value_of, with_copies
 from .._arrays.recipe import Recipe, current_recipe
 from .._primitives.call import Call
@@ -65,12 +65,14 @@ def check_mlp(function, x, w_up, w_down, activation, preferred_element_type, rec
     checks.same(function, "F", "w_up", w_up.shape[-1], "w_down", w_down.shape[-2])
     if groups:
         checks.same(function, "G", "w_up", w_up.shape[0], "w_down", w_down.shape[0])
+        if w_up.shape[0] == 0:
+            raise ValueError(f"{function}: w_up has G=0; allowed: at least one group")
     out_dtype = result_dtype(function, preferred_element_type, x.dtype)
     quantized = ()
     if quantized_up or quantized_down:
         quantized = both_quantized(function, w_up, w_down, quantized_up, quantized_down, recipe)
     # Hidden units without weights: a(0) is 0. Else blocks of gate and of up would not line up in a product over both.
-    elif pad := -w_up.shape[-1] % BLOCK:
+    elif pad := ceil_blocks(w_up.shape[-1]) * BLOCK - w_up.shape[-1]:
         w_up = jnp.pad(w_up, [(0, 0)] * (w_up.ndim - 1) + [(0, pad)])
         w_down = jnp.pad(w_down, [(0, 0)] * (w_down.ndim - 2) + [(0, pad), (0, 0)])
     group = ("g",) if groups else ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -101,7 +102,8 @@ def moe(
     dtype = x.dtype if preferred_element_type is None else preferred_element_type
     spec, lead = out_spec(function, out_sharding, x.ndim), x.shape[:-1]
     with jax.named_scope("jaxfp8.moe"):
-        x, expert, gate = (whole(v).reshape(-1, v.shape[-1]) for v in (x, expert, gate))
+        tokens = math.prod(lead)
+        x, expert, gate = (whole(v).reshape(tokens, v.shape[-1]) for v in (x, expert, gate))
         x, w_up, w_down, quantized, (up_dims, down_dims, copies), attributes = check_mlp(
             function, x, w_up, w_down, activation, dtype, recipe, "G, "
         )

@@ -1,5 +1,6 @@
 """Situations that users of libraries like this one reported; docs/reliability.md has them as a table."""
 
+import dataclasses
 import functools
 
 import jax
@@ -32,6 +33,26 @@ def test_widths_of_published_models_that_no_block_divides(k):
     x, w, v = normal(0, 5, k), normal(1, k, 16), normal(2, 16, k)
     assert_close(jaxfp8.linear(x, w), x @ w, TOLERANCE)
     assert_close(jaxfp8.linear(x[:, :16], v), x[:, :16] @ v, TOLERANCE)
+
+
+def test_a_wide_product_of_few_blocks():
+    x, w, dy = normal(0, 5, 1152), normal(1, 1152, 7168), normal(2, 5, 7168)
+    y, pull = jax.vjp(jaxfp8.linear, x, w)
+    assert_close([y, *pull(dy)], [x @ w, dy @ w.T, x.T @ dy], TOLERANCE)
+
+
+@pytest.mark.parametrize("formats", [("pow2", "float32"), ("float32", "pow2")])
+def test_operands_whose_scales_have_different_formats(formats):
+    x, w = normal(0, 40, 300), normal(1, 300, 72)
+    left, right = formats
+    a = jaxfp8.quantize(x, scale_format=left)
+    b = jaxfp8.quantize_weight(w, scale_format=right)[0]
+    assert {a.scale.dtype, b.scale.dtype} == {np.dtype(np.float32)}
+    powers = [np.all(np.frexp(np.asarray(q.scale))[0] == 0.5) for q in (a, b)]
+    assert powers == [f == "pow2" for f in formats]
+    assert_close(jaxfp8.gemm(a, b, out_dtype=jnp.float32), x @ w, TOLERANCE)
+    want = np.asarray(a.dequantize(), np.float64) @ np.asarray(b.dequantize(), np.float64).T
+    assert_close(jaxfp8.gemm(a, b, out_dtype=jnp.float32), want, 1e-5)
 
 
 @pytest.mark.parametrize("k, n", [(100, 72), (17, 9), (128, 8)])
@@ -142,6 +163,26 @@ def test_gradients_of_each_example_on_a_mesh(how):
         assert_close(jax.jit(f)(w, jax.device_put(x, P("d"))), want, TOLERANCE)
 
 
+@pytest.mark.parametrize("scale_spec", [P("k", "n"), P(), P(None, "n")])
+def test_a_weight_quantized_ahead_on_an_explicit_mesh(scale_spec):
+    mesh = jax.make_mesh((2, 2), ("k", "n"), axis_types=(AxisType.Explicit,) * 2)
+    x, w, dy = normal(0, 8, 256), normal(1, 256, 512), normal(2, 8, 512)
+
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(w, P("k", "n"))
+
+        def f(x, w):
+            q = jaxfp8.prequantize(w)
+            q = dataclasses.replace(q, scale=jax.sharding.reshard(q.scale, scale_spec))
+            return jaxfp8.linear(x, q, out_sharding=P(None, "n"))
+
+        y = jax.jit(f)(x, placed)
+        grads = jax.jit(jax.grad(lambda x, w: (f(x, w) * dy).sum(), (0, 1)))(x, placed)
+        assert jax.typeof(y).sharding.spec == P(None, "n")
+        assert jax.typeof(grads[1]).sharding.spec == P("k", "n")
+    assert_close([y, *grads], [x @ w, dy @ w.T, x.T @ dy], TOLERANCE)
+
+
 def test_a_scan_inside_shard_map_keeps_what_varies():
     mesh = jax.make_mesh((1,), ("d",), axis_types=(AxisType.Auto,))
     x, w = normal(0, 8, 128), normal(1, 128, 128) / 12
@@ -175,6 +216,13 @@ def test_a_token_may_choose_one_expert_twice():
     assert_close(twice, once, 1e-6)
 
 
+def test_a_mixture_without_groups_is_a_batched_einsum():
+    x, w, dy = normal(0, 2, 3, 40, 128), normal(1, 3, 128, 72), normal(2, 2, 3, 40, 72)
+    y, pull = jax.vjp(lambda x, w: jaxfp8.einsum("gech,ehf->gecf", x, w), x, w)
+    want = [x @ w, dy @ w.swapaxes(1, 2), np.einsum("gech,gecf->ehf", x, dy)]
+    assert_close([y, *pull(dy)], want, TOLERANCE)
+
+
 @pytest.mark.parametrize(
     "mode", [lambda: jax.debug_nans(True), jax.checking_leaks, jax.disable_jit]
 )
@@ -183,6 +231,25 @@ def test_debugging_modes_of_jax(mode):
     with mode():
         g = jax.grad(lambda w: jaxfp8.ragged_dot(x, w, jnp.array([0, 3])).sum())(w)
     assert np.isfinite(np.asarray(g)).all()
+
+
+def test_weak_types_in_a_scan_with_recomputation():
+    x, w = jnp.broadcast_to(0.5, (8, 128)), normal(0, 128, 128) / 12
+    assert x.weak_type
+
+    @jax.checkpoint
+    def layer(x, _):
+        y = jaxfp8.linear(x, w)
+        assert (y.dtype, y.weak_type) == (x.dtype, False)
+        return 0.5 * y, None
+
+    def loss(x):
+        return jax.lax.scan(layer, x, None, length=3)[0].sum()
+
+    want = np.ones((8, 128)) / 8
+    for _ in range(3):
+        want = want @ w.T
+    assert_close(jax.grad(loss)(x), want, 2 * TOLERANCE)
 
 
 def test_strict_promotion_of_dtypes_and_ranks():

@@ -265,9 +265,10 @@ STEP_CALLS = {
         "quantize_weight": 4,
         "gemm_1d2d": 4,
         "gemm_1d1d": 2,
-        "quantize_ragged_both": 3,  # of tokens, activation and dy
-        "quantize_ragged_columns": 1,
-        "quantize_rows": 1,
+        "gather_quantize_both": 2,  # of tokens and dy
+        "activation_ragged_weighted_both": 1,
+        "activation_ragged_weighted_grad_both": 1,
+        "sum_rows": 2,  # of the result, of dx
         "grouped_gemm": 4,
         "grouped_wgrad_gemm": 2,
     },

@@ -32,16 +32,7 @@ def _words(count: int):
 
 
 def _collect(program: Program, stop_at: str = "nothing"):
-    return launch(
-        program.ptx,
-        program.entry,
-        grid=program.grid,
-        block=program.block,
-        cluster=program.cluster,
-        dynamic_smem=program.dynamic_smem,
-        args=program.arguments(),
-        stop_at=stop_at,
-    )
+    return program.launch(program.arguments(), stop_at=stop_at)
 
 
 # --- lanes ------------------------------------------------------------------------------------

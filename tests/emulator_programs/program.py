@@ -64,9 +64,9 @@ class Program:
     entry: str = "test"
     seeds: tuple[int, ...] = field(default=(0,))
 
-    def run(self, seed: int = 0) -> Report:
-        arguments = self.arguments()
-        report = launch(
+    def launch(self, arguments: list[Any], **options) -> Report:
+        """With these arguments, which are not checked; `options` are the emulator's."""
+        return launch(
             self.ptx,
             self.entry,
             grid=self.grid,
@@ -74,8 +74,12 @@ class Program:
             cluster=self.cluster,
             dynamic_smem=self.dynamic_smem,
             args=arguments,
-            seed=seed,
+            **options,
         )
+
+    def run(self, seed: int = 0) -> Report:
+        arguments = self.arguments()
+        report = self.launch(arguments, seed=seed)
         with np.errstate(all="ignore"):
             self.check(*arguments)
         return report

@@ -345,12 +345,8 @@ def weight_register(ptx: Ptx) -> str:
     raise NoMatch("no weight that rows ask for")
 
 
-@each(
-    ("weighted rows", "weighted groups"),
-    "the activation is not multiplied by its weight",
-    WRONG_RESULT,
-)
-def _(ptx):
+def leave_weight_out(ptx: Ptx) -> None:
+    """What is multiplied by its row's weight is taken as it is."""
     own = weight_register(ptx)
     for place in ptx.all(rf"\bshfl\.sync\.idx\.b32\s+\S+ {own},", least=8):
         result = ptx.operands(place)[0]
@@ -360,6 +356,15 @@ def _(ptx):
         ]
         for use in ptx.all(rf"\bmul\.rn\.f32\s+%f\d+, %f\d+, {weight};", least=8):
             ptx.replace(use, r"mul\.rn\.f32(\s+%f\d+, %f\d+), %f\d+;", r"mov.f32\1;")
+
+
+@each(
+    ("weighted rows", "weighted groups"),
+    "the activation is not multiplied by its weight",
+    WRONG_RESULT,
+)
+def _(ptx):
+    leave_weight_out(ptx)
 
 
 def sums(ptx: Ptx) -> tuple[list[int], list[int]]:
@@ -398,12 +403,4 @@ def _(ptx):
 
 @planted("weighted gradient", "dy is not multiplied by its row's weight", WRONG_RESULT)
 def _(ptx):
-    own = weight_register(ptx)
-    for place in ptx.all(rf"\bshfl\.sync\.idx\.b32\s+\S+ {own},", least=8):
-        result = ptx.operands(place)[0]
-        (weight,) = [
-            re.search(r"mov\.b32\s+(%f\d+)", ptx.lines[i])[1]
-            for i in ptx.all(rf"\bmov\.b32\s+%f\d+, {result};")
-        ]
-        for use in ptx.all(rf"\bmul\.rn\.f32\s+%f\d+, %f\d+, {weight};", least=8):
-            ptx.replace(use, r"mul\.rn\.f32(\s+%f\d+, %f\d+), %f\d+;", r"mov.f32\1;")
+    leave_weight_out(ptx)

@@ -15,7 +15,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+import jaxfp8
+
 console = Console(highlight=False, soft_wrap=True)
+
+
+def environment() -> dict[str, str]:
+    """What every summary says of where its figures were made."""
+    return {
+        "jax": jax.__version__,
+        "jaxfp8": jaxfp8.__version__,
+        "device": jax.devices()[0].device_kind,
+    }
+
 
 # ------------------------------------------------------------------------------------------------
 # Which products run in which precision: read in the traced training step, not promised

@@ -366,9 +366,7 @@ class Job:
         return {
             "settings": dataclasses.asdict(self.settings),
             "parameters": self.parameters,
-            "jax": jax.__version__,
-            "jaxfp8": jaxfp8.__version__,
-            "device": jax.devices()[0].device_kind,
+            **report.environment(),
             **report.compare(steps, self.histories, unigram, self.products),
         }
 

@@ -23,6 +23,7 @@ import sys
 from typing import Any
 
 import _lm_data as data
+import _lm_report as report
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -220,9 +221,7 @@ def run(settings: argparse.Namespace) -> dict[str, Any]:
 
     summary = {
         "sentences": len(texts),
-        "jax": jax.__version__,
-        "jaxfp8": jaxfp8.__version__,
-        "device": jax.devices()[0].device_kind,
+        **report.environment(),
         "fp8": compare(found["float32"], found["fp8"]),
         "bf16": compare(found["float32"], found["bf16"]),
     }

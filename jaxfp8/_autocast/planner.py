@@ -1,8 +1,8 @@
 """Finds the products of a traced program and decides which of them run in FP8.
 
 The program is walked once, forwards, through every jaxpr whose body autocast can rewrite. For each value it is known
-which leaves of the function's inputs it depends on; from that follows which operand of a product varies with the batch
-(the activation) and which does not (the weight). A walk backwards finds the values that are ranked or normalized across
+what it is (parameter, data, gradient, constant) and on which leaves of the function's inputs it depends; from that
+follows which operand of a product is the weight. A walk backwards finds the values that are ranked or normalized across
 features: logits.
 
 Only public JAX modules; equations are recognized by their primitives' names, which all supported versions share.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax.extend.core import Literal as JaxprLiteral
@@ -46,7 +46,9 @@ class Planner:
     - `backward`: whether the program computes cotangents, as a custom_vjp's second rule does.
     """
 
-    def __init__(self, knowledge: Knowledge, judge: Judge, weight: str, *, backward: bool = False):
+    def __init__(
+        self, knowledge: Knowledge, judge: Judge, weight: Side | Literal["infer"], *, backward=False
+    ):
         self.knowledge, self.judge, self.weight, self.backward = knowledge, judge, weight, backward
         self.logits = Logits()
 
@@ -232,7 +234,7 @@ class Planner:
                 return None, "weight gradient", ""
             return None, role, "both operands vary with the batch"
         if self.weight != "infer" and not backward:
-            return self.weight, role, ""  # type: ignore[return-value]
+            return self.weight, role, ""
         if backward and sorted(kinds) == ["gradient", "parameter"]:
             w = kinds.index("parameter")
             rows = size_over(eqn.invars[1 - w], dims.free[1 - w])

@@ -8,9 +8,6 @@ Nothing is kept for the backward pass but the caller's own weight.
 
 from __future__ import annotations
 
-import functools
-
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -20,7 +17,7 @@ from .._arrays.recipe import Recipe, forward_format, gradient_format, result_opt
 from .._primitives.call import Call
 from .._primitives.leaf import once
 from .._primitives.mesh import explicit_axes, like_primal, place
-from .._primitives.once import differentiable_once
+from .._primitives.once import first_derivative
 from .._primitives.operation import Operation
 from ..kernels import quantize as qt
 from ..kernels.gemm import product
@@ -46,17 +43,12 @@ def _frozen_body(x, bits, scale, *sizes, call: Call):
     return [once(_product(call, rows, weight, sizes, call.outs[0], call.get("out_dtype"), wanted))]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _frozen(call: Call, x_type, x, bits, scale, *sizes):
-    return _frozen_body(x, bits, scale, *sizes, call=call)
-
-
-def _frozen_fwd(call: Call, x_type, x, bits, scale, *sizes):
+def _frozen_fwd(call: Call, types, moving, x, bits, scale, *sizes):
     return _frozen_body(x, bits, scale, *sizes, call=call), (bits, scale, *sizes)
 
 
-def _frozen_bwd(call: Call, x_type, residuals, cotangents):
-    (x_dims, w_dims), (out,), (dy,) = call.ins[:2], call.outs, cotangents
+def _frozen_bwd(call: Call, types, moving, residuals, cotangents):
+    x_type, (x_dims, w_dims), (out,), (dy,) = types[0], call.ins[:2], call.outs, cotangents
     bits, scale, *sizes = residuals
     n, k = w_dims[-2:]
     data = lax.bitcast_convert_type(jnp.swapaxes(bits, -1, -2), call.get("fp8_dtype"))
@@ -68,15 +60,13 @@ def _frozen_bwd(call: Call, x_type, residuals, cotangents):
     return like_primal(sum_to(dx, dx_dims, x_dims), x_type), None, None, *(None for _ in sizes)
 
 
-_frozen.defvjp(
-    *differentiable_once("linear, dot_general, einsum and ragged_dot", _frozen_fwd, _frozen_bwd)
-)
-
 frozen_operation = Operation(
     "jaxfp8_frozen_dot",
     _frozen_body,
     together=((1, 2),),
-    derivative=lambda call, moving, *arrays: _frozen(call, jax.typeof(arrays[0]), *arrays),
+    derivative=first_derivative(
+        "linear, dot_general, einsum and ragged_dot", _frozen_body, _frozen_fwd, _frozen_bwd
+    ),
 )
 
 
